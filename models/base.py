@@ -1,0 +1,71 @@
+"""The parts that the ResNets are built of."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """Return a 3x3 convolution with padding 1 and no bias (batch norm follows it)."""
+    return nn.Conv2d(in_planes, out_planes, kernel_size=3, stride=stride, padding=1, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: the residual branch alone, without shortcut and last ReLU.
+
+    Input (N, inplanes, H, W), output (N, planes, H/stride, W/stride). The network adds the
+    shortcut itself, because it may have to return the shortcut alone.
+    Source: He et al., CVPR 2016, figure 5 left.
+    """
+
+    expansion = 1
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution: the residual branch alone, without shortcut and last ReLU.
+
+    Input (N, inplanes, H, W), output (N, 4 * planes, H/stride, W/stride). The stride stands on the
+    3x3 convolution, as in torchvision. Source: He et al., CVPR 2016, figure 5 right.
+    """
+
+    expansion = 4
+
+    def __init__(self, inplanes: int, planes: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
+
+
+class DownsampleB(nn.Module):
+    """Shortcut without weights between two segments: average pooling, then zero channels.
+
+    Input (N, in_planes, H, W), output (N, out_planes, H/stride, W/stride).
+    Source: the original's `models/base.py` (option A of He et al., CVPR 2016, with pooling).
+    """
+
+    def __init__(self, in_planes: int, out_planes: int, stride: int):
+        super().__init__()
+        self.avg = nn.AvgPool2d(stride)
+        self.zero_planes = out_planes - in_planes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.avg(x), (0, 0, 0, 0, 0, self.zero_planes))

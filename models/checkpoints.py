@@ -1,0 +1,237 @@
+"""Checkpoint files: written whole or not at all, read without running code from them.
+
+The formats that load are ours, the original's (policy, finetuned pair, ResNet in the stream that
+`torch.save` wrote before 1.6) and torchvision's. `utils` offers everything here under its own name.
+"""
+
+import argparse
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Classes in the original's files beside tensors: parsed arguments, and NumPy numbers under the
+# names that they had before and after NumPy 2.
+_SCALAR = np.float64(0).__reduce__()[0]
+_SAFE_GLOBALS = [
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
+
+
+class CheckpointError(ValueError):
+    """A file that is not a checkpoint, or not one of this network. Says which file, why, what next."""
+
+
+def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`; return the path.
+
+    The file appears under its name only when it is complete: a killed run or a full disk leaves
+    what stood there before. RuntimeError where it can't be written.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            temporary = file.name
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        raise RuntimeError(
+            f"could not write {path} ({error}): free some space or choose another folder; "
+            "whatever stood there before is unharmed"
+        ) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.remove(temporary)
+    return path
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """Return what a checkpoint file holds, tensors on the CPU.
+
+    No code from the file is run: only tensors, plain values, argparse namespaces and NumPy numbers
+    are built. FileNotFoundError without the file, CheckpointError for anything else in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}: check the path, or train it with the notebooks"
+        )
+    try:
+        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        foreign = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
+        reason = (
+            f"it asks for {foreign[1]}, which no checkpoint needs and which could run code"
+            if foreign
+            else "its contents are damaged or not a PyTorch file"
+        )
+        raise CheckpointError(
+            f"{path} was not loaded: {reason}. Get the file again, or train it with the notebooks"
+        ) from error
+    except Exception as error:  # a damaged file fails in torch.load in many ways
+        raise CheckpointError(
+            f"{path} was not loaded: it is truncated, damaged or not a PyTorch file. "
+            "Get the file again, or train it with the notebooks"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not a checkpoint: expected a dict of weights"
+        )
+    return dict(content)
+
+
+def load_checkpoint(
+    path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Module | None = None
+) -> dict:
+    """Load a checkpoint file into `rnet` and/or `agent`; return what else it holds, as plain values.
+
+    Knows our files, the original's (`agent`, `net` and `resnet` entries, `state_dict` of a plain
+    ResNet), torchvision's ResNets and bare state dicts. A network that is given must be in the
+    file. On any error the networks keep the weights they had. FileNotFoundError, CheckpointError.
+    """
+    content = read_checkpoint(path)
+    states, rest = _split(content, path)
+    pairs = []
+    for network, name in ((rnet, "resnet"), (agent, "agent")):
+        if network is None:
+            continue
+        if name not in states:
+            has = " and ".join({"resnet": "a ResNet", "agent": "a policy"}[n] for n in states)
+            wanted = "ResNet" if name == "resnet" else "policy"
+            raise CheckpointError(f"{path} holds {has or 'no weights'}, but no {wanted}")
+        pairs.append((network, _fitted(network, states[name], f"the {name} in {path}")))
+    for network, state in pairs:
+        network.load_state_dict(state)
+    return {key: _plain(value) for key, value in rest.items()}
+
+
+def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -> nn.Module:
+    """Copy the weights of a plain ResNet into the FlatResNet `target` and return it.
+
+    `source`: a torchvision ResNet (or another with its names), its state dict, or a checkpoint dict
+    with `state_dict`; a leading `module.` (nn.DataParallel) is dropped. Where the target has fewer
+    blocks per segment, it gets the first of each; a classifier that it lacks is left out.
+    CheckpointError where a weight that the target needs is missing or has another shape.
+    """
+    if isinstance(source, nn.Module):
+        source = source.state_dict()
+    state = _flat_names(source.get("state_dict", source))
+    wanted = target.state_dict()
+    state = {key: value for key, value in state.items() if key in wanted}
+    target.load_state_dict(_fitted(target, state, "the source ResNet"))
+    return target
+
+
+def newest_checkpoint(folder: str | os.PathLike, prefix: str, hint: str) -> Path:
+    """Return the file `<prefix>*.t7` written last in `folder`.
+
+    FileNotFoundError without one; its message ends with `hint`, what to do about it.
+    """
+    files = sorted(Path(folder).glob(f"{prefix}*.t7"), key=lambda p: (p.stat().st_mtime, p.name))
+    if not files:
+        raise FileNotFoundError(f"there is no {prefix}*.t7 in {folder}: {hint}")
+    return files[-1]
+
+
+def _split(content: dict, path: str | os.PathLike) -> tuple[dict[str, dict], dict]:
+    """Return the state dicts in a checkpoint, by the names `resnet` and `agent`, and the rest."""
+    rest = dict(content)
+    states = {}
+    for key, name in (("resnet", "resnet"), ("agent", "agent"), ("net", "agent")):
+        if key in rest:
+            states[name] = rest.pop(key)
+    if "state_dict" in rest:
+        states["resnet"] = rest.pop("state_dict")
+    if not states and any(isinstance(value, Tensor) for value in content.values()):
+        name = "agent" if "logit.weight" in content else "resnet"
+        states, rest = {name: content}, {}
+    for name, state in states.items():
+        if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+            raise CheckpointError(f"the {name} in {path} is not a state dict: the file is damaged")
+    if "resnet" in states:
+        states["resnet"] = _flat_names(states["resnet"])
+    if "agent" in states:  # very old policies still carry the classifier that they never used
+        states["agent"] = {
+            key: value
+            for key, value in states["agent"].items()
+            if not key.startswith("features.fc.")
+        }
+    return states, rest
+
+
+def _flat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Translate the parameter names of a plain ResNet to FlatResNet's; ours stay as they are."""
+    patterns = (
+        (r"^module\.", ""),
+        (r"^layer(\d+)\.\d+\.downsample\.", lambda m: f"ds.{int(m[1]) - 1}."),
+        (r"^layer(\d+)\.", lambda m: f"blocks.{int(m[1]) - 1}."),
+    )
+    flat = {}
+    for key, value in state.items():
+        for pattern, name in patterns:
+            key = re.sub(pattern, name, key)
+        flat[key] = value
+    return flat
+
+
+def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
+    """Return `state` complete and checked for `network`, or raise CheckpointError saying why not."""
+    expected = network.state_dict()
+    # Files from before PyTorch 0.4.1 don't count batches; nothing here uses the count.
+    state = {k: v for k, v in expected.items() if k.endswith("num_batches_tracked")} | dict(state)
+    problem = None
+    if wrong := next((k for k, v in state.items() if not isinstance(v, Tensor)), None):
+        problem = f"{wrong} is not a tensor"
+    elif missing := next((k for k in expected if k not in state), None):
+        problem = f"{missing} is missing"
+    elif extra := next((k for k in state if k not in expected), None):
+        problem = f"{extra} has no place in the network"
+    elif wrong := next((k for k, v in expected.items() if v.shape != state[k].shape), None):
+        problem = f"{wrong} is {tuple(state[wrong].shape)}, not {tuple(expected[wrong].shape)}"
+    elif wrong := next((k for k, v in state.items() if not torch.isfinite(v).all()), None):
+        problem = f"{wrong} has values that are not finite"
+    if problem:
+        raise CheckpointError(
+            f"{what} does not fit the network: {problem}"
+            f"{_blocks_hint(state, expected)}. Choose the `model` that the file was trained for"
+        )
+    return state
+
+
+def _blocks_hint(state: Mapping, expected: Mapping) -> str:
+    """Name the two depths where they differ, the usual reason why weights don't fit."""
+
+    def blocks(keys: Mapping) -> str:
+        found = {m.groups() for k in keys if (m := re.match(r"blocks\.(\d+)\.(\d+)\.", k))}
+        segments = sorted({segment for segment, _ in found}, key=int)
+        return "+".join(str(sum(s == segment for s, _ in found)) for segment in segments)
+
+    if blocks(state) == blocks(expected):
+        return ""
+    return f" (blocks in the file: {blocks(state) or 'none'}, in the network: {blocks(expected)})"
+
+
+def _plain(value: object) -> object:
+    """Turn one-element tensors and NumPy numbers into Python numbers."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    return value
+

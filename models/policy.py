@@ -1,0 +1,56 @@
+"""Policy networks: which blocks of the ResNet should run for this image?"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import BasicBlock
+from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
+
+
+class Policy(nn.Module):
+    """A small ResNet with one output per block of the large one.
+
+    Called with images (N, 3, H, W), it returns `probs` (N, K), the probability of keeping each
+    block, and `value` (N, 1), the original's value head, which no loss of the paper uses but
+    whose weights belong to the checkpoints. Source: Wu et al., CVPR 2018, section 3.2.
+    """
+
+    def __init__(self, features: FlatResNet, num_blocks: int):
+        super().__init__()
+        feat_dim = features.fc.in_features
+        features.fc = nn.Identity()
+        self.features = features
+        self.logit = nn.Linear(feat_dim, num_blocks)
+        self.vnet = nn.Linear(feat_dim, 1)
+
+    @property
+    def num_blocks(self) -> int:
+        """K, the number of blocks that the policy decides on."""
+        return self.logit.out_features
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.features.forward_full(x)
+        return torch.sigmoid(self.logit(features)), self.vnet(features)
+
+
+class Policy32(Policy):
+    """Policy network for 32x32 images: a ResNet-8 unless `layer_config` says otherwise."""
+
+    def __init__(self, layer_config: Sequence[int] = (1, 1, 1), num_blocks: int = 15):
+        super().__init__(FlatResNet32(BasicBlock, layer_config), num_blocks)
+
+
+class Policy224(Policy):
+    """Policy network for ImageNet: a ResNet-10 on the image at half its height and width.
+
+    A ResNet-18's weights fit its layers: each segment is a ResNet-18's with its first block alone.
+    """
+
+    def __init__(self, layer_config: Sequence[int] = (1, 1, 1, 1), num_blocks: int = 33):
+        super().__init__(FlatResNet224(BasicBlock, layer_config), num_blocks)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(F.avg_pool2d(x, 2))

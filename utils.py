@@ -1,0 +1,625 @@
+"""The notebooks' toolbox: model names, data, checkpoints, training runs, statistics, time."""
+
+import copy
+import hashlib
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorboardX
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import transforms
+from tqdm.auto import tqdm
+
+from models import syn
+from models.base import BasicBlock, Bottleneck
+from models.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    load_weights_to_flatresnet,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from models.policy import Policy, Policy32, Policy224
+from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
+
+__all__ = [
+    "CheckpointError",
+    "Images",
+    "Loader",
+    "ModelName",
+    "TrainingRun",
+    "autocast",
+    "build_model",
+    "choose_device",
+    "count_flops",
+    "get_dataset",
+    "get_model",
+    "hold_out",
+    "load_checkpoint",
+    "load_weights_to_flatresnet",
+    "machine",
+    "newest_checkpoint",
+    "parse_model",
+    "performance_stats",
+    "precision_name",
+    "read_checkpoint",
+    "save_checkpoint",
+    "seed_everything",
+    "synchronize",
+]
+
+# ---------------------------------------------------------------------------------------- names
+
+NUM_CLASSES = {"C10": 10, "C100": 100, "SYN": len(syn.CLASSES), "ImgNet": 1000}
+IMAGENET_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
+# Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10
+# alone; its checkpoints depend on it.
+R32_C10_STATISTICS = (
+    tuple(x / 255 for x in (125.3, 123.0, 113.9)),
+    tuple(x / 255 for x in (63.0, 62.1, 66.7)),
+)
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class ModelName(NamedTuple):
+    """A model name taken apart."""
+
+    depth: int
+    dataset: str
+    layer_config: tuple[int, ...]  # blocks per segment
+    num_classes: int
+    image_size: int  # pixels
+
+
+def parse_model(model: str) -> ModelName:
+    """Take a model name `R<depth>_<dataset>` apart. ValueError, saying what is allowed, for others.
+
+    >>> parse_model("R110_C10").layer_config
+    (18, 18, 18)
+    """
+    match = re.fullmatch(r"R([1-9]\d*)_([A-Za-z0-9]+)", str(model))
+    depth, dataset = (int(match[1]), match[2]) if match else (0, "")
+    if dataset == "ImgNet" and depth in IMAGENET_LAYERS:
+        return ModelName(depth, dataset, IMAGENET_LAYERS[depth], NUM_CLASSES[dataset], 224)
+    if dataset in ("C10", "C100", "SYN") and depth >= 8 and depth % 6 == 2:
+        return ModelName(depth, dataset, ((depth - 2) // 6,) * 3, NUM_CLASSES[dataset], 32)
+    raise ValueError(
+        f"unknown model {model!r}: expected R<depth>_<dataset>, with depth 8, 14, 20, 32, ... 110 "
+        "(6n+2) for the datasets C10, C100 and SYN, and depth 50, 101 or 152 for ImgNet"
+    )
+
+
+def build_model(model: str) -> tuple[FlatResNet, Policy]:
+    """Return the untrained ResNet and policy network of a model name. ValueError for others."""
+    name = parse_model(model)
+    num_blocks = sum(name.layer_config)
+    if name.dataset == "ImgNet":
+        rnet = FlatResNet224(Bottleneck, name.layer_config, name.num_classes)
+        return rnet, Policy224(num_blocks=num_blocks)
+    rnet = FlatResNet32(BasicBlock, name.layer_config, name.num_classes)
+    return rnet, Policy32(num_blocks=num_blocks)
+
+
+def get_model(
+    model: str, device: torch.device | str, cv_dir: str | os.PathLike = "cv"
+) -> tuple[FlatResNet, Policy]:
+    """Return the ResNet with its standard weights and its untrained policy network, on `device`.
+
+    The weights are the newest `pk_*.t7` in `<cv_dir>/trained_rnet/<model>/`; for ImgNet,
+    torchvision's, in the policy network too (a ResNet-18's). FileNotFoundError without a file,
+    RuntimeError where torchvision's weights can't be fetched, CheckpointError for a wrong file.
+    """
+    name = parse_model(model)
+    rnet, agent = build_model(model)
+    if name.dataset == "ImgNet":
+        load_weights_to_flatresnet(_torchvision_weights(f"ResNet{name.depth}"), rnet)
+        load_weights_to_flatresnet(_torchvision_weights("ResNet18"), agent.features)
+    else:
+        folder = Path(cv_dir) / "trained_rnet" / model
+        hint = f"run rnet_sole.ipynb with model = {model!r} first"
+        load_checkpoint(newest_checkpoint(folder, "pk_", hint), rnet)
+    return rnet.to(device), agent.to(device)
+
+
+def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
+    """Fetch torchvision's default ImageNet weights of e.g. `ResNet101`, from its cache or the net."""
+    weights = torchvision.models.get_model_weights(architecture.lower()).DEFAULT
+    try:
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        cache = Path(torch.hub.get_dir()) / "checkpoints"
+        raise RuntimeError(
+            f"torchvision's {architecture} weights could not be fetched from {weights.url} "
+            f"({error}): connect to the network, or put that file into {cache}"
+        ) from error
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+class Images(Dataset):
+    """Small images held in memory as bytes; augmented, scaled and normalized when they are read.
+
+    `images`: (N, 3, H, W) uint8. `labels`: (N,) int64. `difficulty`: (N,) float32, or None where
+    it is not known. `statistics`: mean and deviation per channel. With `augment`, reading pads by
+    4 black pixels, crops at random to the old size and flips every second image.
+    """
+
+    PADDING = 4  # pixels
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        classes: Sequence[str],
+        statistics: tuple[Sequence[float], Sequence[float]] | None = None,
+        difficulty: Tensor | None = None,
+        augment: bool = False,
+    ):
+        self.images, self.labels, self.classes = images, labels, list(classes)
+        self.difficulty, self.augment = difficulty, augment
+        self.mean, self.std = (
+            torch.tensor(s, dtype=torch.float32).view(1, 3, 1, 1)
+            for s in statistics or ((0, 0, 0), (1, 1, 1))
+        )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Return one image (3, H, W) float32 and its label."""
+        inputs, labels = self.read(torch.tensor([index], device=self.images.device))
+        return inputs[0], labels.item()
+
+    def read(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images (n, 3, H, W) float32, channels last, and labels (n,), on their device."""
+        images = self.images[indices]
+        if self.augment:
+            images = self._random_crop_and_flip(images)
+        inputs = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+        return inputs.sub_(self.mean).div_(self.std), self.labels[indices]
+
+    def _random_crop_and_flip(self, images: Tensor) -> Tensor:
+        n, _, height, width = images.shape
+        padded = F.pad(images, [self.PADDING] * 4)
+        # The numbers are drawn on the CPU, so that every device sees the same augmentation.
+        top, left = torch.randint(2 * self.PADDING + 1, (2, n, 1)).to(images.device)
+        flip = (torch.rand(n, 1) < 0.5).to(images.device)
+        rows = top + torch.arange(height, device=images.device)
+        columns = torch.arange(width, device=images.device)
+        columns = left + torch.where(flip, columns.flip(0), columns)
+        each = torch.arange(n, device=images.device)[:, None, None]
+        crops = padded[each, :, rows[:, :, None], columns[:, None, :]]  # (n, H, W, 3)
+        return crops.permute(0, 3, 1, 2)
+
+    def subset(self, indices: Tensor, augment: bool | None = None) -> "Images":
+        """Return the images at `indices` (n,), with augmentation as here or as told."""
+        part = copy.copy(self)
+        part.images, part.labels = self.images[indices], self.labels[indices]
+        if self.difficulty is not None:
+            part.difficulty = self.difficulty[indices]
+        part.augment = self.augment if augment is None else augment
+        return part
+
+    def to(self, device: torch.device | str) -> "Images":
+        """Return the same images on `device`."""
+        moved = copy.copy(self)
+        for name in ("images", "labels", "mean", "std"):
+            setattr(moved, name, getattr(self, name).to(device))
+        return moved
+
+
+def get_dataset(
+    model: str, root: str | os.PathLike = "data/", max_images: int | None = None
+) -> tuple[Dataset, Dataset]:
+    """Return the training set (augmented) and the test set of a model name.
+
+    CIFAR is downloaded to `root` if absent, SYN drawn and kept there; ImgNet is read from
+    `root/train/` and `root/val/`, a folder per class. With `max_images`, both are cut to so many
+    images, CIFAR and SYN to their first ones, ImgNet to some of all classes. ValueError for an
+    unknown model or a limit below 1, FileNotFoundError for missing data that can't be had.
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images is {max_images}, expected 1 or more, or None for all")
+    name = parse_model(model)
+    root = Path(root)
+    if name.dataset == "ImgNet":
+        datasets = _imagenet(root)
+    elif name.dataset == "SYN":
+        datasets = [_syn(root, train) for train in (True, False)]
+    else:
+        statistics = R32_C10_STATISTICS if model == "R32_C10" else None
+        datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
+    if max_images is not None:
+        for dataset in datasets:
+            _limit(dataset, max_images)
+    trainset, testset = datasets
+    return trainset, testset
+
+
+def _limit(dataset: Dataset, max_images: int) -> None:
+    """Cut a data set to so many images."""
+    if isinstance(dataset, Images):
+        dataset.images, dataset.labels = dataset.images[:max_images], dataset.labels[:max_images]
+        if dataset.difficulty is not None:
+            dataset.difficulty = dataset.difficulty[:max_images]
+    else:  # an ImageFolder, sorted by class
+        step = max(1, len(dataset.samples) // max_images)
+        dataset.samples = dataset.samples[::step][:max_images]
+
+
+def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
+    cifar = {"C10": torchvision.datasets.CIFAR10, "C100": torchvision.datasets.CIFAR100}[dataset]
+    try:
+        data = cifar(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"{cifar.__name__} is not in {root} and could not be downloaded ({error}): connect to "
+            f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
+        ) from error
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
+
+
+def _syn(root: Path, train: bool) -> Images:
+    num_images, seed = (syn.NUM_TRAIN, syn.SEED) if train else (syn.NUM_TEST, syn.SEED + 1)
+    path = root / f"syn-v{syn.VERSION}" / ("train.npz" if train else "test.npz")
+    try:
+        with np.load(path) as file:
+            drawing = syn.Drawing(**file)
+    except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, or cut off while written
+        drawing = syn.draw(num_images, seed)
+        _keep_drawing(path, drawing)
+    arrays = map(torch.from_numpy, drawing)
+    images, labels, difficulty = arrays
+    return Images(images, labels, syn.CLASSES, difficulty=difficulty, augment=train)
+
+
+def _keep_drawing(path: Path, drawing: syn.Drawing) -> None:
+    """Keep a drawing for the next time; where that fails, it will be drawn again."""
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(temporary, **drawing._asdict())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def _imagenet(root: Path) -> list[Dataset]:
+    normalize = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
+    train = [transforms.Resize(256), transforms.RandomCrop(224), transforms.RandomHorizontalFlip()]
+    test = [transforms.Resize(256), transforms.CenterCrop(224)]
+    datasets = []
+    for folder, transform in (("train", train), ("val", test)):
+        path = root / folder
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"there is no folder {path}: ImageNet is expected as {root / 'train'} and "
+                f"{root / 'val'}, each with a folder of images per class"
+            )
+        transform = transforms.Compose(transform + normalize)
+        datasets.append(torchvision.datasets.ImageFolder(path, transform))
+    return datasets
+
+
+def hold_out(trainset: Dataset, testset: Dataset, share: float) -> tuple[Dataset, Dataset]:
+    """Split `share` of the training images off, for tuning and selection; read them as test images.
+
+    Which ones is drawn once and for all, the same in every run and notebook. Returns the remaining
+    training set and the held-out set. ValueError for a share outside (0, 1).
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"holdout is {share}, expected a share between 0 and 1, such as 0.1")
+    indices = torch.randperm(len(trainset), generator=torch.Generator().manual_seed(0))
+    num_val = max(1, round(share * len(trainset)))
+    val, train = indices[:num_val], indices[num_val:]
+    if isinstance(trainset, Images):
+        return trainset.subset(train), trainset.subset(val, augment=False)
+    plain = copy.copy(trainset)
+    plain.transform = testset.transform
+    return Subset(trainset, train.tolist()), Subset(plain, val.tolist())
+
+
+class Loader:
+    """Batches of a data set on the device: inputs (n, 3, H, W), channels last, and labels (n,).
+
+    Small images (`Images`) lie on the device whole, in bytes, and are prepared there; others come
+    from `workers` processes. With `shuffle`, each pass is in a new order, drawn from PyTorch's
+    generator. The last batch holds what is left. ValueError for a batch size below 1.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        device: torch.device | str,
+        shuffle: bool = False,
+        workers: int = 0,
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected 1 image or more")
+        self.device, self.batch_size, self.shuffle = torch.device(device), batch_size, shuffle
+        self.images = dataset.to(device) if isinstance(dataset, Images) else None
+        self.num_images = len(dataset)
+        if self.images is None:
+            self.loader = DataLoader(
+                dataset,
+                batch_size,
+                shuffle=shuffle,
+                num_workers=workers,
+                pin_memory=self.device.type == "cuda",
+                persistent_workers=workers > 0,
+            )
+
+    def __len__(self) -> int:
+        return math.ceil(self.num_images / self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if self.images is None:
+            for inputs, labels in self.loader:
+                inputs = inputs.to(
+                    self.device, memory_format=torch.channels_last, non_blocking=True
+                )
+                yield inputs, labels.to(self.device, non_blocking=True)
+            return
+        order = torch.randperm(self.num_images) if self.shuffle else torch.arange(self.num_images)
+        for indices in order.to(self.device).split(self.batch_size):
+            yield self.images.read(indices)
+
+
+# ------------------------------------------------------------------------------ machine and time
+
+
+def choose_device(device: str = "auto") -> torch.device:
+    """Return the device of a name; `auto` is CUDA where there is some, else the CPU.
+
+    RuntimeError for a device that this machine lacks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise RuntimeError(
+            f"device {device!r} can't be used here ({str(error).splitlines()[0]}): "
+            'choose "auto", "cpu" or a device that this machine has'
+        ) from error
+    return torch.device(device)
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context that runs a network's layers in `precision`: fp32, bf16 or auto.
+
+    `auto` is bf16 where the device computes it faster than fp32: CUDA GPUs with bf16 units, CPUs
+    with bf16 instructions. ValueError for another name.
+    """
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f'unknown precision {precision!r}: expected "auto", "fp32" or "bf16"')
+    if precision == "auto" and device.type == "cuda":
+        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif precision == "auto":
+        # Older PyTorch can't tell; fp32 is right everywhere.
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        enabled = any(features.get(f) for f in ("amx_bf16", "avx512_bf16", "bf16"))
+    else:
+        enabled = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(enabled))
+
+
+def precision_name(context: torch.autocast) -> str:
+    """Return "bf16" or "fp32", whichever a context from `autocast` computes in."""
+    return "bf16" if context._enabled else "fp32"
+
+
+def seed_everything(seed: int, *more: int) -> None:
+    """Seed PyTorch on all devices from `seed` and, say, an epoch: other numbers, other sequence."""
+    digest = hashlib.sha256(repr((seed, *more)).encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Wait until the device has finished all work, so that a clock read next is true."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def machine(device: torch.device | str) -> str:
+    """Describe what the numbers were measured on: device, PyTorch's version, cores."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        cpuinfo = Path("/proc/cpuinfo")
+        if cpuinfo.exists() and (m := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
+            name = m[1]
+        name += f", {torch.get_num_threads()} cores"
+    return f"{name}, PyTorch {torch.__version__.split('+')[0]}"
+
+
+# --------------------------------------------------------------------------------- training runs
+
+
+class TrainingRun:
+    """The bookkeeping of a training: resuming, history, TensorBoard curves, seconds.
+
+        run = TrainingRun(folder, settings, {"agent": agent}, optimizer, scheduler, epochs)
+        for epoch in run:
+            for inputs, labels in run.batches(trainloader):
+                ...
+            run.end_epoch(epoch, loss=..., accuracy=...)
+
+    After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same
+    settings goes on from there, to the same result as one that was never interrupted: the random
+    generators are seeded anew, from seed and epoch, as each epoch starts. A finished run of the
+    same settings has no epochs left; one of other settings is replaced by the new run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping[str, object],
+        networks: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        epochs: int,
+        resume: bool = True,
+    ):
+        """`settings`: what decides the result, as plain values, `seed` among them.
+
+        ValueError for an unfinished run of other settings in `folder`: it would be lost.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}, expected 1 or more")
+        self.folder, self.epochs = Path(folder), epochs
+        self.settings = dict(settings) | {"epochs": epochs}
+        self.networks, self.optimizer, self.scheduler = dict(networks), optimizer, scheduler
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.last = self.folder / "last.t7"
+        if resume and self.last.is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = read_checkpoint(self.last)
+        before = state.get("settings", {})
+        changed = [
+            f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
+            for key in sorted(before.keys() | self.settings.keys())
+            if before.get(key) != self.settings.get(key)
+        ]
+        if changed and len(state["history"]) < before["epochs"]:
+            raise ValueError(
+                f"{self.last} holds an unfinished run of other settings ({', '.join(changed)}): "
+                "set them back to go on with it, or resume = False to start afresh"
+            )
+        if changed:
+            print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
+            return
+        load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.history, self.seconds = state["history"], state["seconds"]
+        left = self.epochs - len(self.history)
+        print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the epochs that are left, counted from 0, under one progress bar."""
+        done = len(self.history)
+        if done == self.epochs:
+            return
+        layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
+        with (
+            tqdm(total=self.epochs, initial=done, bar_format=layout) as self.bar,
+            tensorboardX.SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=done
+            ) as self.writer,
+        ):
+            for epoch in range(done, self.epochs):
+                seed_everything(self.settings["seed"], epoch)
+                self.started = time.perf_counter()
+                yield epoch
+                self.bar.n = epoch + 1
+                self.bar.refresh()
+
+    def batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the loader's batches; the progress bar moves along."""
+        for batch in loader:
+            yield batch
+            self.bar.update(1 / len(loader))
+
+    def end_epoch(self, epoch: int, **figures: float) -> None:
+        """Record an epoch's figures in history and TensorBoard, and save the state it ended in."""
+        figures = {name: float(value) for name, value in figures.items()}
+        self.seconds += time.perf_counter() - self.started
+        self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, epoch)
+        save_checkpoint(self.last, self.state() | self._resume_state())
+
+    def state(self) -> dict:
+        """Return what a checkpoint of this run should hold: weights, history, settings, seconds."""
+        return {name: network.state_dict() for name, network in self.networks.items()} | {
+            "epoch": len(self.history),
+            "history": self.history,
+            "settings": self.settings,
+            "seconds": self.seconds,
+        }
+
+    def _resume_state(self) -> dict:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def performance_stats(
+    policies: Sequence[Tensor], rewards: Sequence[Tensor], matches: Sequence[Tensor]
+) -> tuple[float, float, float, float, set[str]]:
+    """Summarize batches of policies (n, K), rewards (n,) or (n, 1), and matches (n,) of 0 and 1.
+
+    Returns accuracy in [0, 1], mean reward, sparsity (mean number of blocks kept), variance (its
+    standard deviation, under the original's name) and the set of distinct policies as strings of
+    0 and 1. Source: the original's `utils.py`.
+    """
+    policies = torch.cat(list(policies))
+    kept = policies.sum(1, dtype=torch.float32)
+    return (
+        torch.cat(list(matches)).mean(dtype=torch.float32).item(),
+        torch.cat(list(rewards)).mean(dtype=torch.float32).item(),
+        kept.mean().item(),
+        kept.std(correction=min(1, len(kept) - 1)).item(),
+        {"".join(map(str, policy)) for policy in policies.int().unique(dim=0).tolist()},
+    )
+
+
+def count_flops(
+    rnet: FlatResNet,
+    policies: Tensor | None = None,
+    agent: Policy | None = None,
+    image_size: int = 32,
+) -> Tensor:
+    """Return the FLOPs per image (N,), float64, of the ResNet under policies (N, K).
+
+    2 per multiply-add of convolutions and linear layers, as in the original. Without policies all
+    blocks are kept (N = 1); with an `agent`, its FLOPs are added. `image_size` in pixels.
+    """
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+
+    def flops(function: Callable[[Tensor], object], x: Tensor) -> tuple[int, object]:
+        with FlopCounterMode(display=False) as counter:
+            y = function(x)
+        return counter.get_total_flops(), y
+
+    meta = copy.deepcopy(rnet).to("meta")
+    always, x = flops(meta.seed, image)
+    per_block = []
+    for shortcut, block in meta.shortcuts_and_blocks():
+        cost, residual = flops(shortcut, x)
+        always += cost
+        per_block.append(flops(block, x)[0])
+        x = residual
+    always += flops(meta.classify, x)[0]
+    if agent is not None:
+        always += flops(copy.deepcopy(agent).to("meta"), image)[0]
+    if policies is None:
+        policies = torch.ones(1, rnet.num_blocks)
+    return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)
