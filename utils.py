@@ -45,6 +45,7 @@ __all__ = [
     "build_model",
     "choose_device",
     "count_flops",
+    "fingerprint",
     "get_dataset",
     "get_model",
     "hold_out",
@@ -54,6 +55,7 @@ __all__ = [
     "newest_checkpoint",
     "parse_model",
     "performance_stats",
+    "policy_filename",
     "precision_name",
     "read_checkpoint",
     "save_checkpoint",
@@ -458,7 +460,7 @@ def machine(device: torch.device | str) -> str:
 class TrainingRun:
     """The bookkeeping of a training: resuming, history, TensorBoard curves, seconds.
 
-        run = TrainingRun(folder, settings, {"agent": agent}, optimizer, scheduler, epochs)
+        run = TrainingRun(folder, settings, {"agent": agent}, {"optimizer": optimizer}, epochs)
         for epoch in run:
             for inputs, labels in run.batches(trainloader):
                 ...
@@ -475,12 +477,12 @@ class TrainingRun:
         folder: str | os.PathLike,
         settings: Mapping[str, object],
         networks: Mapping[str, nn.Module],
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        progress: Mapping[str, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler],
         epochs: int,
         resume: bool = True,
     ):
-        """`settings`: what decides the result, as plain values, `seed` among them.
+        """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
+        is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
 
         ValueError for an unfinished run of other settings in `folder`: it would be lost.
         """
@@ -488,7 +490,7 @@ class TrainingRun:
             raise ValueError(f"epochs is {epochs}, expected 1 or more")
         self.folder, self.epochs = Path(folder), epochs
         self.settings = dict(settings) | {"epochs": epochs}
-        self.networks, self.optimizer, self.scheduler = dict(networks), optimizer, scheduler
+        self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float]] = []
         self.seconds = 0.0
         self.last = self.folder / "last.t7"
@@ -512,8 +514,8 @@ class TrainingRun:
             print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
             return
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for name, part in self.progress.items():
+            part.load_state_dict(state[name])
         self.history, self.seconds = state["history"], state["seconds"]
         left = self.epochs - len(self.history)
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
@@ -550,7 +552,8 @@ class TrainingRun:
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         for name, value in figures.items():
             self.writer.add_scalar(name, value, epoch)
-        save_checkpoint(self.last, self.state() | self._resume_state())
+        parts = {name: part.state_dict() for name, part in self.progress.items()}
+        save_checkpoint(self.last, self.state() | parts)
 
     def state(self) -> dict:
         """Return what a checkpoint of this run should hold: weights, history, settings, seconds."""
@@ -559,12 +562,6 @@ class TrainingRun:
             "history": self.history,
             "settings": self.settings,
             "seconds": self.seconds,
-        }
-
-    def _resume_state(self) -> dict:
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
         }
 
 
@@ -589,6 +586,23 @@ def performance_stats(
         kept.std(correction=min(1, len(kept) - 1)).item(),
         {"".join(map(str, policy)) for policy in policies.int().unique(dim=0).tolist()},
     )
+
+
+def policy_filename(
+    epochs: int, accuracy: float, reward: float, sparsity: float, variance: float, policy_set: set[str]
+) -> str:
+    """Return the file name of a policy or finetuned pair, as the original names them."""
+    figures = f"A_{accuracy:.3f}_R_{reward:.2E}_S_{sparsity:.2f}_#_{len(policy_set)}"
+    return f"ckpt_E_{epochs}_{figures}.t7"
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """Return 12 hexadecimal digits that tell networks with other weights apart."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for key, value in network.state_dict().items():
+            digest.update(key.encode() + value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 def count_flops(

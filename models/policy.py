@@ -54,3 +54,11 @@ class Policy224(Policy):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(F.avg_pool2d(x, 2))
+
+
+def greedy_policy(probs: Tensor) -> Tensor:
+    """Return the policy (N, K) of 0 and 1 that keeps the blocks with probability 0.5 or more.
+
+    Source: Wu et al., CVPR 2018, section 3.2.
+    """
+    return (probs >= 0.5).float()
