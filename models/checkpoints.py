@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             f"there is no checkpoint {path}: check the path, or train it with the notebooks"
         )
     try:
-        with torch.serialization.safe_globals(_SAFE_GLOBALS):
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} can't be read: {error}") from error

@@ -1,0 +1,37 @@
+"""What the tests share: the repository's root, the notebooks' algorithm cells, data on hand."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    """Run in the repository's root, as the notebooks do."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def cifar10():
+    """The data folder, where CIFAR-10 is in it; else the test is skipped."""
+    if not (ROOT / "data" / "cifar-10-batches-py" / "test_batch").is_file():
+        pytest.skip("CIFAR-10 is not in data/: run a notebook on C10 once to download it")
+    return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def algorithm():
+    """What the cells tagged `algorithm` of blockdrop_training.ipynb define, for 4 blocks."""
+    notebook = nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4)
+    code = notebook.cells[1].source if notebook.cells[1].cell_type == "code" else ""
+    tagged = [c.source for c in notebook.cells if "algorithm" in c.metadata.get("tags", [])]
+    namespace = {"alpha": 0.8, "num_blocks": 4, "cl_pace": 1}
+    exec("\n".join([code, *tagged]), namespace)
+    return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})

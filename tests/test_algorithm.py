@@ -1,0 +1,62 @@
+"""The algorithm as it stands in blockdrop_training.ipynb, against slow and direct formulas."""
+
+import math
+
+import pytest
+import torch
+
+
+def test_reward_is_one_minus_squared_use_or_the_penalty(algorithm):
+    logits = torch.eye(3)  # predicts 0, 1, 2
+    targets = torch.tensor([0, 1, 0])
+    policy = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]]).float()
+    reward, match = algorithm.get_reward(logits, targets, policy, penalty=-5)
+    assert reward.tolist() == [0, 1 - (1 / 4) ** 2, -5]
+    assert match.tolist() == [1, 1, 0]
+
+
+def test_exploration_bounds_probabilities(algorithm):
+    explored = algorithm.explore(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    torch.testing.assert_close(explored, torch.tensor([0.2, 0.35, 0.5, 0.8]))
+
+
+def test_curriculum_decides_one_more_block_each_epoch(algorithm):
+    assert [algorithm.curriculum(epoch) for epoch in range(6)] == [1, 2, 3, 4, 4, 4]
+
+
+def test_curriculum_keeps_the_first_blocks(algorithm):
+    policy = torch.zeros(2, 4)
+    assert algorithm.keep_first(policy, 1).tolist() == [[1, 1, 1, 0]] * 2
+    assert algorithm.keep_first(policy, 4).tolist() == [[0, 0, 0, 0]] * 2
+    assert not policy.any()  # the policy given is left alone
+
+
+@pytest.mark.parametrize("cl_step", [1, 3, 4])
+def test_policy_loss_is_the_formula(algorithm, cl_step):
+    torch.manual_seed(0)
+    explored = algorithm.explore(torch.rand(5, 4))
+    sampled = torch.bernoulli(explored)
+    advantage = torch.randn(5)
+    expected = 0
+    for i in range(5):
+        for k in range(4 - cl_step, 4):
+            p = explored[i, k].item()
+            chosen = p if sampled[i, k] else 1 - p
+            expected += -math.log(chosen) * advantage[i].item() + 0.1 * p * math.log(p)
+    loss = algorithm.policy_loss(explored, sampled, advantage, cl_step, beta=0.1)
+    assert loss.item() == pytest.approx(expected / 5, rel=1e-5)
+
+
+def test_forced_blocks_get_no_gradient(algorithm):
+    explored = torch.full((2, 4), 0.4, requires_grad=True)
+    algorithm.policy_loss(explored, torch.ones(2, 4), torch.ones(2), 2, beta=0.1).backward()
+    assert not explored.grad[:, :2].any() and explored.grad[:, 2:].all()
+
+
+def test_gradient_follows_the_reward(algorithm):
+    """A sampled policy better than the greedy one becomes more likely."""
+    logits = torch.zeros(1, 4, requires_grad=True)
+    sampled = torch.tensor([[1.0, 0, 1, 0]])
+    explored = algorithm.explore(torch.sigmoid(logits))
+    algorithm.policy_loss(explored, sampled, torch.tensor([0.5]), 4, beta=0).backward()
+    assert (-logits.grad).sign().tolist() == [[1, -1, 1, -1]]

@@ -1,0 +1,126 @@
+"""Every notebook, executed from a clean kernel with small settings on the built-in data."""
+
+import nbformat
+import papermill
+import pytest
+from conftest import NOTEBOOKS, ROOT
+
+import utils
+
+SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
+SOLE = SMALL | {"epochs": 2}
+BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2}
+
+
+def execute(name, folder, settings):
+    """Run a notebook with its checkpoints in `folder`; return what its cells printed."""
+    path = folder / f"{name}.ipynb"
+    notebook = papermill.execute_notebook(
+        ROOT / f"{name}.ipynb",
+        path,
+        parameters=settings | {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")},
+        cwd=ROOT,
+        progress_bar=False,
+    )
+    return "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream")
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """All three, in the reader's order: what they printed, and the folder of checkpoints."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    texts = {
+        "rnet_sole": execute("rnet_sole", folder, SOLE),
+        "blockdrop_training": execute("blockdrop_training", folder, BLOCKDROP),
+        "blockdrop_inference": execute("blockdrop_inference", folder, SMALL),
+    }
+    return texts, folder
+
+
+def test_they_print_the_originals_lines(printed):
+    texts, _ = printed
+    for name, line in (
+        ("rnet_sole", "Training in s: "),
+        ("rnet_sole", "Accuracy of the model: "),
+        ("blockdrop_training", "TS - Accuracy: "),
+        ("blockdrop_training", "Policy Training: "),
+        ("blockdrop_inference", "Blocks used in avg: "),
+        ("blockdrop_inference", "Min blocks: "),
+        ("blockdrop_inference", "Testing in ms: "),
+    ):
+        assert line in texts[name]
+
+
+def test_they_write_their_checkpoints(printed):
+    _, folder = printed
+    patterns = ("trained_rnet/R8_SYN/pk_E_2_A_*", "trained_policy/R8_SYN/ckpt_E_2_A_*_R_*_S_*_#_*",
+                "finetuned/R8_SYN/ckpt_E_2_A_*_R_*_S_*_#_*")  # fmt: skip
+    found = [list((folder / "cv").glob(f"{pattern}.t7")) for pattern in patterns]
+    assert [len(files) for files in found] == [1, 1, 1]
+    for (path,) in found:
+        assert (path.parent / "tensorboard").is_dir()
+        content = utils.read_checkpoint(path)
+        assert content["seconds"] > 0 and len(content["history"]) == content["epoch"] == 2
+    pair = utils.read_checkpoint(found[2][0][0])
+    assert pair["policy_seconds"] > 0 and {"resnet", "agent"} <= pair.keys()
+
+
+def test_the_report_agrees_with_the_masked_forward(printed):
+    """Image by image, blocks not computed, gives the accuracy that training measured in batches."""
+    texts, folder = printed
+    (path,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
+    accuracy = utils.read_checkpoint(path)["acc"]
+    reported = texts["blockdrop_inference"].split("Accuracy of the model: ")[1].split("%")[0]
+    assert float(reported) == pytest.approx(100 * accuracy, abs=0.34)  # one image of 300 may be a tie
+
+
+def test_running_again_finds_the_work_done(printed):
+    texts, folder = printed
+    again = execute("blockdrop_training", folder, BLOCKDROP)
+    assert again.count("2 epochs done, 0 to go") == 2
+
+    def test_lines(text):
+        return [line for line in text.splitlines() if line.startswith("TS")]
+
+    assert test_lines(again) == test_lines(texts["blockdrop_training"])
+
+
+def test_stages_can_be_skipped_and_started_from_files(printed):
+    _, folder = printed
+    (policy,) = (folder / "cv" / "trained_policy" / "R8_SYN").glob("ckpt_*.t7")
+    (pair,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
+    short = BLOCKDROP | {"max_images": 100, "max_epochs_training": 1, "max_epochs_finetuning": 1}
+    text = execute("blockdrop_training", folder, short | {"max_epochs_training": 0})
+    assert "Policy training skipped" in text and f"loaded policy from {policy}" in text
+    text = execute("blockdrop_training", folder, short | {"load_policy": str(policy)})
+    assert "Settings changed" in text
+    text = execute(
+        "blockdrop_training", folder, short | {"max_epochs_training": 0, "load_finetuning": str(pair)}
+    )
+    assert "loaded pair from" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
+        ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
+        ("blockdrop_training", {"penalty": 1}, "expected negative numbers"),
+        ("blockdrop_inference", {"model": "R14_SYN"}, "run blockdrop_training.ipynb with model = 'R14_SYN'"),
+    ],
+)
+def test_bad_settings_get_one_clear_sentence(tmp_path, name, setting, message):
+    with pytest.raises(papermill.PapermillExecutionError) as error:
+        execute(name, tmp_path, SMALL | setting)
+    assert message in error.value.evalue
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_kept_outputs_come_from_one_clean_run(name):
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert sum("parameters" in cell.metadata.get("tags", []) for cell in code) == 1
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert not any("Warning" in str(output) for output in outputs)

@@ -1,0 +1,89 @@
+"""Training runs: killed and resumed, they end where an uninterrupted one ends."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import utils
+
+EPOCHS = 4
+
+
+class Killed(Exception):
+    """Stands for a kill in the middle of an epoch."""
+
+
+def training(folder, kill_at=None, resume=True, seed=5, lr=0.1):
+    """Train a little R8; stop in the middle of epoch `kill_at`. Returns network and run."""
+    torch.manual_seed(0)
+    pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    loader = utils.Loader(
+        utils.Images(pixels, torch.arange(40) % 10, list("abcdefghij"), augment=True), 10, "cpu", shuffle=True
+    )
+    utils.seed_everything(seed)
+    rnet, _ = utils.build_model("R8_SYN")
+    optimizer = torch.optim.SGD(rnet.parameters(), lr, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=EPOCHS * len(loader))
+    progress = {"optimizer": optimizer, "scheduler": scheduler}
+    settings = {"seed": seed, "lr": lr}
+    run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, resume)
+    for epoch in run:
+        for step, (inputs, targets) in enumerate(run.batches(loader)):
+            loss = F.cross_entropy(rnet.forward_full(inputs), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            if epoch == kill_at and step == 2:
+                raise Killed
+        run.end_epoch(epoch, loss=loss.item())
+    return rnet, run
+
+
+def weights(rnet):
+    return torch.cat([value.flatten().double() for value in rnet.state_dict().values()])
+
+
+def test_resumed_is_uninterrupted_to_the_bit(tmp_path, capsys):
+    expected, run = training(tmp_path / "whole")
+    for kill_at in (0, 2, 3):
+        with pytest.raises(Killed):
+            training(tmp_path / "killed", kill_at)
+    resumed, resumed_run = training(tmp_path / "killed")
+    assert torch.equal(weights(expected), weights(resumed))
+    losses = [row["loss"] for row in run.history]
+    assert losses == [row["loss"] for row in resumed_run.history]
+    assert "3 epochs done, 1 to go" in capsys.readouterr().out
+
+
+def test_a_finished_run_has_nothing_left(tmp_path):
+    first, run = training(tmp_path)
+    again, rerun = training(tmp_path)
+    assert torch.equal(weights(first), weights(again)) and rerun.seconds == run.seconds
+
+
+def test_a_finished_run_of_other_settings_is_replaced(tmp_path, capsys):
+    training(tmp_path)
+    _, run = training(tmp_path, seed=6)
+    assert "seed 5 -> 6" in capsys.readouterr().out and len(run.history) == EPOCHS
+    assert utils.read_checkpoint(tmp_path / "last.t7")["settings"]["seed"] == 6
+
+
+def test_an_unfinished_run_of_other_settings_is_not_lost(tmp_path):
+    with pytest.raises(Killed):
+        training(tmp_path, kill_at=2)
+    with pytest.raises(ValueError, match=r"other settings \(lr 0.1 -> 0.2\).*resume = False"):
+        training(tmp_path, lr=0.2)
+    _, run = training(tmp_path, lr=0.2, resume=False)
+    assert len(run.history) == EPOCHS
+
+
+def test_other_seeds_other_weights(tmp_path):
+    first, _ = training(tmp_path / "a", seed=1)
+    second, _ = training(tmp_path / "b", seed=2)
+    assert not torch.equal(weights(first), weights(second))
+
+
+def test_epochs_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="epochs is 0"):
+        utils.TrainingRun(tmp_path, {}, {}, {}, 0)

@@ -1,0 +1,248 @@
+"""The toolbox: names, data, statistics, FLOPs, settings that can't be."""
+
+import hashlib
+import time
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import utils
+from models import syn
+
+
+@pytest.mark.parametrize(
+    ("model", "layers", "classes"),
+    [
+        ("R8_SYN", (1, 1, 1), 10),
+        ("R32_C10", (5, 5, 5), 10),
+        ("R110_C100", (18, 18, 18), 100),
+        ("R101_ImgNet", (3, 4, 23, 3), 1000),
+    ],
+)
+def test_model_names(model, layers, classes):
+    name = utils.parse_model(model)
+    assert (name.layer_config, name.num_classes) == (layers, classes)
+
+
+@pytest.mark.parametrize("model", ["R33_C10", "R2_C10", "R32", "R32_MNIST", "R34_ImgNet", "r32_C10", "", 32])
+def test_other_names_are_refused(model):
+    with pytest.raises(ValueError, match=r"expected R<depth>_<dataset>"):
+        utils.build_model(model)
+
+
+def test_missing_weights_say_what_to_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"run rnet_sole\.ipynb with model = 'R44_C10' first"):
+        utils.get_model("R44_C10", "cpu", tmp_path)
+
+
+def test_imagenet_weights_without_a_network(monkeypatch, tmp_path):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"ResNet101 weights could not be fetched .* put that file into"):
+        utils.get_model("R101_ImgNet", "cpu")
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@pytest.fixture(scope="module")
+def drawing():
+    start = time.process_time()
+    drawing = syn.draw(1000, seed=0)
+    assert time.process_time() - start < 10  # 12,000 images in 20 s would allow 1.7
+    return drawing
+
+
+def test_syn_is_the_same_bytes_every_time(drawing):
+    digest = hashlib.sha256(drawing.images.tobytes() + drawing.labels.tobytes()).hexdigest()
+    assert digest[:16] == "PENDING"
+    assert drawing.images.shape == (1000, 3, 32, 32) and drawing.images.dtype == np.uint8
+
+
+def test_syn_is_balanced_and_difficulty_uniform(drawing):
+    assert np.bincount(drawing.labels).tolist() == [100] * 10
+    assert drawing.difficulty.min() >= 0 and drawing.difficulty.max() <= 1
+    assert abs(drawing.difficulty.mean() - 0.5) < 0.05
+
+
+def test_syn_gets_noisier_with_difficulty(drawing):
+    rough = np.abs(np.diff(drawing.images.astype(float), axis=3)).mean((1, 2, 3))
+    assert np.corrcoef(rough, drawing.difficulty)[0, 1] > 0.8
+
+
+def test_syn_is_kept_and_a_damaged_cache_drawn_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(syn, "NUM_TRAIN", 50)
+    monkeypatch.setattr(syn, "NUM_TEST", 20)
+    first, _ = utils.get_dataset("R8_SYN", tmp_path)
+    (cache,) = tmp_path.glob("*/train.npz")
+    cache.write_bytes(cache.read_bytes()[:1000])
+    again, test = utils.get_dataset("R8_SYN", tmp_path)
+    assert torch.equal(first.images, again.images) and len(test) == 20
+    assert len(first.difficulty) == 50
+
+
+def test_cifar_is_normalized_for_r32_alone(cifar10):
+    for model, normalized in (("R32_C10", True), ("R110_C10", False)):
+        train, test = utils.get_dataset(model, cifar10)
+        assert (len(train), len(test)) == (50_000, 10_000)
+        image, label = test[0]
+        plain = test.images[0] / 255
+        if normalized:
+            plain = (plain - test.mean[0]) / test.std[0]
+            assert test.mean.flatten()[0].item() == pytest.approx(125.3 / 255)
+        torch.testing.assert_close(image, plain)
+        assert test.classes[label] == "cat"
+
+
+def test_cifar_without_data_and_network(tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    with pytest.raises(FileNotFoundError, match=r"CIFAR100 is not in .* unpack cifar-100-python\.tar\.gz"):
+        utils.get_dataset("R32_C100", tmp_path)
+
+
+def images(n=12, **options):
+    torch.manual_seed(0)
+    pixels = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    return utils.Images(pixels, torch.arange(n) % 10, list("abcdefghij"), **options)
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_perhaps_flipped():
+    data = images(augment=True)
+    inputs, labels = data.read(torch.arange(12))
+    assert inputs.is_contiguous(memory_format=torch.channels_last)
+    padded = torch.nn.functional.pad(data.images, [4] * 4) / 255
+    flips = 0
+    for image, whole in zip(inputs, padded, strict=True):
+        crops = whole.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 32, 32)
+        plain = (crops == image).all(-1).all(-1).all(-1).any()
+        flipped = (crops == image.flip(2)).all(-1).all(-1).all(-1).any()
+        assert plain or flipped
+        flips += bool(flipped)
+    assert 0 < flips < 12
+    assert labels.tolist() == data.labels.tolist()
+
+
+def test_loader_shows_every_image_once_in_a_new_order():
+    loader = utils.Loader(images(25), 8, "cpu", shuffle=True)
+    passes = [torch.cat([inputs.flatten(1).sum(1) for inputs, _ in loader]) for _ in range(2)]
+    assert len(loader) == 4 and not torch.equal(*passes)
+    torch.testing.assert_close(passes[0].sort()[0], passes[1].sort()[0])
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        utils.Loader(images(), 0, "cpu")
+
+
+def test_held_out_images_are_always_the_same_and_not_augmented():
+    data = images(50, augment=True)
+    train, val = utils.hold_out(data, data, 0.2)
+    torch.manual_seed(99)
+    _, again = utils.hold_out(data, data, 0.2)
+    assert (len(train), len(val)) == (40, 10) and train.augment and not val.augment
+    assert torch.equal(val.images, again.images)
+    with pytest.raises(ValueError, match=r"holdout is 1\.5"):
+        utils.hold_out(data, data, 1.5)
+
+
+@pytest.fixture
+def imagenet(tmp_path):
+    for part in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / part / label
+            folder.mkdir(parents=True)
+            for i in range(4):
+                Image.new("RGB", (300, 260), (40 * i, 90, 120)).save(folder / f"{i}.jpg")
+    return tmp_path
+
+
+def test_imagenet_folders(imagenet):
+    train, test = utils.get_dataset("R50_ImgNet", imagenet)
+    train, val = utils.hold_out(train, test, 0.25)
+    batches = list(utils.Loader(train, 4, "cpu", shuffle=True, workers=2))
+    assert [x.shape for x, _ in batches] == [(4, 3, 224, 224), (2, 3, 224, 224)]
+    assert len(val) == 2 and torch.equal(val[0][0], val[0][0])  # not augmented
+    _, few = utils.get_dataset("R50_ImgNet", imagenet, max_images=2)
+    assert [label for _, label in few] == [0, 1]
+
+
+def test_imagenet_without_train(imagenet):
+    (imagenet / "train").rename(imagenet / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"no folder .*train: ImageNet is expected as"):
+        utils.get_dataset("R50_ImgNet", imagenet)
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="max_images is 0"):
+        utils.get_dataset("R8_SYN", max_images=0)
+    with pytest.raises(ValueError, match="unknown precision 'fp8'"):
+        utils.autocast("fp8", torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="device 'toaster' can't be used here"):
+        utils.choose_device("toaster")
+
+
+# ------------------------------------------------------------------------------------ statistics
+
+
+def test_performance_stats_against_slow_formulas():
+    torch.manual_seed(0)
+    policies = torch.randint(2, (50, 6)).float()
+    rewards, matches = torch.randn(50), torch.randint(2, (50,)).float()
+    accuracy, reward, sparsity, variance, policy_set = utils.performance_stats(
+        policies.split(16), rewards.split(16), matches.split(16)
+    )
+    kept = [sum(row) for row in policies.tolist()]
+    assert accuracy == pytest.approx(sum(matches.tolist()) / 50)
+    assert reward == pytest.approx(sum(rewards.tolist()) / 50, abs=1e-6)
+    assert sparsity == pytest.approx(sum(kept) / 50)
+    assert variance == pytest.approx((sum((k - sum(kept) / 50) ** 2 for k in kept) / 49) ** 0.5)
+    assert policy_set == {"".join(str(int(u)) for u in row) for row in policies.tolist()}
+
+
+def test_flops_of_resnet110_are_the_originals():
+    rnet, _ = utils.build_model("R110_C10")
+    assert f"{utils.count_flops(rnet).item():.1E}" == "5.1E+08"
+
+
+@pytest.mark.parametrize(("model", "size"), [("R20_SYN", 32), ("R50_ImgNet", 64)])
+def test_flops_agree_with_pytorchs_counter(model, size):
+    rnet, agent = utils.build_model(model)
+    torch.manual_seed(0)
+    policies = torch.randint(2, (3, rnet.num_blocks)).float()
+    counted = utils.count_flops(rnet, policies, agent, size)
+    image = torch.rand(1, 3, size, size)
+    for policy, flops in zip(policies, counted, strict=True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            agent.eval()(image)
+            rnet.eval().forward_single(image, policy)
+        assert flops.item() == counter.get_total_flops()
+
+
+def test_seeds():
+    def numbers(*seed):
+        utils.seed_everything(*seed)
+        return torch.rand(3).tolist()
+
+    assert numbers(1, 2) == numbers(1, 2)
+    assert len({tuple(numbers(*seed)) for seed in [(1,), (1, 2), (2, 1), (2,), (12,)]}) == 5
+
+
+def test_fingerprints_tell_weights_apart():
+    rnet, agent = utils.build_model("R8_SYN")
+    before = utils.fingerprint(rnet, agent)
+    assert before == utils.fingerprint(rnet, agent)
+    rnet.fc.bias.data[0] += 1e-3
+    assert before != utils.fingerprint(rnet, agent)
+
+
+def test_file_names_are_the_originals():
+    stats = (0.936, 0.195, 16.93, 3.7, {"01", "10"})
+    assert utils.policy_filename(2000, *stats) == "ckpt_E_2000_A_0.936_R_1.95E-01_S_16.93_#_2.t7"
