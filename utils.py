@@ -374,9 +374,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.images is None:
             for inputs, labels in self.loader:
-                inputs = inputs.to(
-                    self.device, memory_format=torch.channels_last, non_blocking=True
-                )
+                inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield inputs, labels.to(self.device, non_blocking=True)
             return
         order = torch.randperm(self.num_images) if self.shuffle else torch.arange(self.num_images)
@@ -528,9 +526,7 @@ class TrainingRun:
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
         with (
             tqdm(total=self.epochs, initial=done, bar_format=layout) as self.bar,
-            tensorboardX.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=done
-            ) as self.writer,
+            tensorboardX.SummaryWriter(str(self.folder / "tensorboard"), purge_step=done) as self.writer,
         ):
             for epoch in range(done, self.epochs):
                 seed_everything(self.settings["seed"], epoch)

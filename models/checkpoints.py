@@ -172,9 +172,7 @@ def _split(content: dict, path: str | os.PathLike) -> tuple[dict[str, dict], dic
         states["resnet"] = _flat_names(states["resnet"])
     if "agent" in states:  # very old policies still carry the classifier that they never used
         states["agent"] = {
-            key: value
-            for key, value in states["agent"].items()
-            if not key.startswith("features.fc.")
+            key: value for key, value in states["agent"].items() if not key.startswith("features.fc.")
         }
     return states, rest
 
@@ -236,4 +234,3 @@ def _plain(value: object) -> object:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     return value
-

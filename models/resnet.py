@@ -110,9 +110,7 @@ class FlatResNet(nn.Module):
         if isinstance(policy, Tensor):
             policy = policy.flatten().tolist()
         if len(policy) != self.num_blocks:
-            raise ValueError(
-                f"policy has {len(policy)} entries, expected {self.num_blocks}: one per block"
-            )
+            raise ValueError(f"policy has {len(policy)} entries, expected {self.num_blocks}: one per block")
         x = self.seed(x)
         for keep, (shortcut, block) in zip(policy, self.shortcuts_and_blocks(), strict=True):
             residual = shortcut(x)

@@ -59,10 +59,10 @@ def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Ge
         distance[of_class] = _distance(label, x[of_class], y[of_class], radius[of_class])
     shape = _coverage(distance)
 
-    # Occlusion: a disc of background laid over the shape's rim, its radius growing to 0.6 of the shape's.
+    # Occlusion: a disc of background laid over the shape's rim, its radius growing to half of the shape's.
     angle = random.uniform(0, 2 * np.pi, (n, 1, 1))
     offset = 0.7 * radius
-    hidden = np.hypot(x - offset * np.cos(angle), y - offset * np.sin(angle)) - 0.6 * d * radius
+    hidden = np.hypot(x - offset * np.cos(angle), y - offset * np.sin(angle)) - 0.5 * d * radius
     shape *= 1 - _coverage(hidden)
 
     # Clutter: strokes in the shape's own color, here and there.
@@ -73,7 +73,7 @@ def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Ge
         shape = np.maximum(shape, _coverage(_box(u, v, length, 0.8)) * drawn)
 
     image = image + (ink - image) * shape[:, None]
-    image = image + random.standard_normal(image.shape) * (4 + 24 * d[:, None])
+    image = image + random.standard_normal(image.shape) * (4 + 18 * d[:, None])
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -86,7 +86,7 @@ def _colors(random: np.random.Generator, difficulty: np.ndarray) -> tuple[np.nda
     background = base + slope[0] * row + slope[1] * column
     direction = random.standard_normal((n, 3, 1, 1))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    contrast = 110 - 60 * difficulty[:, None, None, None]
+    contrast = 110 - 55 * difficulty[:, None, None, None]
     return background, base + contrast * direction
 
 
