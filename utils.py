@@ -458,7 +458,8 @@ def machine(device: torch.device | str) -> str:
 class TrainingRun:
     """The bookkeeping of a training: resuming, history, TensorBoard curves, seconds.
 
-        run = TrainingRun(folder, settings, {"agent": agent}, {"optimizer": optimizer}, epochs)
+        line = "Epoch: {epoch} - Loss: {loss:.3f}"
+        run = TrainingRun(folder, settings, {"agent": agent}, {"optimizer": optimizer}, epochs, line)
         for epoch in run:
             for inputs, labels in run.batches(trainloader):
                 ...
@@ -477,16 +478,18 @@ class TrainingRun:
         networks: Mapping[str, nn.Module],
         progress: Mapping[str, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler],
         epochs: int,
+        line: str,
         resume: bool = True,
     ):
         """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
         is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
+        `line`: what is printed of an epoch, a format string of the figures in the history.
 
         ValueError for an unfinished run of other settings in `folder`: it would be lost.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}, expected 1 or more")
-        self.folder, self.epochs = Path(folder), epochs
+        self.folder, self.epochs, self.line = Path(folder), epochs, line
         self.settings = dict(settings) | {"epochs": epochs}
         self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float]] = []
@@ -517,6 +520,8 @@ class TrainingRun:
         self.history, self.seconds = state["history"], state["seconds"]
         left = self.epochs - len(self.history)
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
+        for row in self.history:
+            print(self.line.format(**row))
 
     def __iter__(self) -> Iterator[int]:
         """Yield the epochs that are left, counted from 0, under one progress bar."""
@@ -542,7 +547,7 @@ class TrainingRun:
             self.bar.update(1 / len(loader))
 
     def end_epoch(self, epoch: int, **figures: float) -> None:
-        """Record an epoch's figures in history and TensorBoard, and save the state it ended in."""
+        """Record an epoch's figures in history and TensorBoard, save the state, print the line."""
         figures = {name: float(value) for name, value in figures.items()}
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
@@ -550,6 +555,7 @@ class TrainingRun:
             self.writer.add_scalar(name, value, epoch)
         parts = {name: part.state_dict() for name, part in self.progress.items()}
         save_checkpoint(self.last, self.state() | parts)
+        print(self.line.format(**self.history[-1]))
 
     def state(self) -> dict:
         """Return what a checkpoint of this run should hold: weights, history, settings, seconds."""

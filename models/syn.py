@@ -73,7 +73,7 @@ def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Ge
         shape = np.maximum(shape, _coverage(_box(u, v, length, 0.8)) * drawn)
 
     image = image + (ink - image) * shape[:, None]
-    image = image + random.standard_normal(image.shape) * (4 + 18 * d[:, None])
+    image = image + random.standard_normal(image.shape) * (4 + 15 * d[:, None])
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
@@ -86,7 +86,7 @@ def _colors(random: np.random.Generator, difficulty: np.ndarray) -> tuple[np.nda
     background = base + slope[0] * row + slope[1] * column
     direction = random.standard_normal((n, 3, 1, 1))
     direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-    contrast = 110 - 55 * difficulty[:, None, None, None]
+    contrast = 110 - 50 * difficulty[:, None, None, None]
     return background, base + contrast * direction
 
 

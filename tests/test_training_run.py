@@ -7,6 +7,7 @@ import torch.nn.functional as F
 import utils
 
 EPOCHS = 4
+LINE = "Epoch: {epoch} - Loss: {loss:.3f}"
 
 
 class Killed(Exception):
@@ -26,7 +27,7 @@ def training(folder, kill_at=None, resume=True, seed=5, lr=0.1):
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=EPOCHS * len(loader))
     progress = {"optimizer": optimizer, "scheduler": scheduler}
     settings = {"seed": seed, "lr": lr}
-    run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, resume)
+    run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume)
     for epoch in run:
         for step, (inputs, targets) in enumerate(run.batches(loader)):
             loss = F.cross_entropy(rnet.forward_full(inputs), targets)
@@ -86,4 +87,4 @@ def test_other_seeds_other_weights(tmp_path):
 
 def test_epochs_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="epochs is 0"):
-        utils.TrainingRun(tmp_path, {}, {}, {}, 0)
+        utils.TrainingRun(tmp_path, {}, {}, {}, 0, LINE)

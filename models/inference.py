@@ -1,0 +1,136 @@
+"""The ways to run a ResNet under a policy, fast: prepared once, dropped blocks not computed."""
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from models.policy import Policy, greedy_policy
+from models.resnet import FlatResNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def fold(network: nn.Module) -> nn.Module:
+    """Return a copy for inference: eval mode, no gradients, batch norms folded into convolutions."""
+    folded = copy.deepcopy(network).eval().requires_grad_(False)
+    for module in list(folded.modules()):
+        for (name, conv), (norm_name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return folded
+
+
+class Prepared:
+    """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
+
+    def __init__(self, rnet: FlatResNet, agent: Policy | None, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
+        self.rnet = fold(rnet).to(**to)
+        self.agent = None if agent is None else fold(agent).to(**to)
+        self.blocks = list(self.rnet.shortcuts_and_blocks())
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
+
+        `policy`: run this one instead of the agent's. ValueError for one of another shape or with
+        values other than 0 and 1.
+        """
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        if policy is None and self.agent is None:
+            return self.rnet.forward_full(x).float()
+        if policy is None:
+            policy = greedy_policy(self.agent(x)[0].float())
+        logits = self._run(self.rnet.seed(x), self._checked(policy, len(x)), 0)
+        return logits if self.agent is None else (logits, policy)
+
+    @torch.inference_mode()
+    def under_each(self, x: Tensor, policies: Sequence[Tensor]) -> list[Tensor]:
+        """Return the logits (N, classes) of images (N, 3, H, W) under each of several policies (N, K).
+
+        What they share is computed once: the first blocks, as far as all of them keep those for
+        every image, and images for which a policy is the same as the first one.
+        """
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        checked = [self._checked(policy, len(x)) for policy in policies]
+        kept_by_all = torch.stack(checked).all(0).all(0).tolist()
+        shared = [*kept_by_all, False].index(False)
+        x = self._blocks(self.rnet.seed(x), checked[0], 0, shared)
+        differs = [(policy != checked[0]).any(1).nonzero().flatten() for policy in checked[1:]]
+        rows = torch.cat([torch.arange(len(x)), *differs])
+        policy = torch.cat([checked[0], *(p[i] for p, i in zip(checked[1:], differs, strict=True))])
+        first, *others = self._run(_rows(x, rows.to(x.device)), policy, shared).split(
+            [len(x), *map(len, differs)]
+        )
+        logits = [first]
+        for index, other in zip(differs, others, strict=True):
+            logits.append(first.index_copy(0, index.to(first.device), other))
+        return logits
+
+    def _checked(self, policy: Tensor, num_images: int) -> Tensor:
+        """Return the policy as booleans on the host."""
+        expected = (num_images, self.rnet.num_blocks)
+        if policy.shape != expected:
+            raise ValueError(f"policy has shape {tuple(policy.shape)}, expected {expected}")
+        policy = policy.cpu()
+        if not ((policy == 0) | (policy == 1)).all():
+            raise ValueError("policy has values other than 0 and 1")
+        return policy.bool()
+
+    def _run(self, x: Tensor, policy: Tensor, first: int) -> Tensor:
+        x = self._blocks(x, policy, first, len(self.blocks))
+        return self.rnet.classify(x).float()
+
+    def _blocks(self, x: Tensor, policy: Tensor, first: int, last: int) -> Tensor:
+        """Run blocks `first` up to `last` on the images that keep them; `x` is overwritten."""
+        counts = policy.sum(0).tolist()
+        keeping = policy.t().nonzero()[:, 1].to(x.device).split(counts)  # per block, which images
+        for k in range(first, last):
+            shortcut, block = self.blocks[k]
+            if counts[k] == len(x):
+                x = F.relu_(block(x).add_(shortcut(x)))
+            elif counts[k] == 0:
+                x = shortcut(x)
+            else:
+                images = keeping[k]
+                kept = _rows(x, images)
+                x = shortcut(x)
+                out = F.relu_(block(kept).add_(_rows(x, images)))
+                _channels_last(x).index_copy_(0, images, _channels_last(out))
+        return x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """View (N, C, H, W) in channels-last memory as (N, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _rows(x: Tensor, images: Tensor) -> Tensor:
+    """Gather some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
+    return _channels_last(x).index_select(0, images).permute(0, 3, 1, 2)
+
+
+def prepare(
+    rnet: FlatResNet,
+    agent: Policy | None = None,
+    precision: str = "fp32",
+    device: torch.device | str | None = None,
+) -> Prepared:
+    """Return `rnet`, alone or under `agent`, made ready for inference; both stay untouched.
+
+    Batch norm folded, channels last, weights in `precision` ("fp32", "bf16" or "fp16") on `device`
+    (None: where `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits and
+    policy (N, K). Any batch size; blocks are computed for the images that keep them and no others.
+    ValueError for an unknown precision.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(DTYPES)}")
+    device = torch.device(device) if device is not None else rnet.fc.weight.device
+    return Prepared(rnet, agent, DTYPES[precision], device)
