@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ __all__ = [
     "autocast",
     "build_model",
     "choose_device",
+    "choose_precision",
     "count_flops",
     "fingerprint",
     "get_dataset",
@@ -56,7 +58,6 @@ __all__ = [
     "parse_model",
     "performance_stats",
     "policy_filename",
-    "precision_name",
     "read_checkpoint",
     "save_checkpoint",
     "seed_everything",
@@ -283,11 +284,10 @@ def _syn(root: Path, train: bool) -> Images:
     try:
         with np.load(path) as file:
             drawing = syn.Drawing(**file)
-    except (OSError, ValueError, KeyError, TypeError, EOFError):  # absent, or cut off while written
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
         drawing = syn.draw(num_images, seed)
         _keep_drawing(path, drawing)
-    arrays = map(torch.from_numpy, drawing)
-    images, labels, difficulty = arrays
+    images, labels, difficulty = map(torch.from_numpy, drawing)
     return Images(images, labels, syn.CLASSES, difficulty=difficulty, augment=train)
 
 
@@ -402,28 +402,27 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context that runs a network's layers in `precision`: fp32, bf16 or auto.
+def choose_precision(precision: str, device: torch.device) -> str:
+    """Return "fp32" or "bf16", whichever is asked for; for "auto", the faster one on the device.
 
-    `auto` is bf16 where the device computes it faster than fp32: CUDA GPUs with bf16 units, CPUs
-    with bf16 instructions. ValueError for another name.
+    That is bf16 on CUDA GPUs and CPUs that have instructions for it. ValueError for another name.
     """
-    if precision not in ("auto", "fp32", "bf16"):
+    if precision in ("fp32", "bf16"):
+        return precision
+    if precision != "auto":
         raise ValueError(f'unknown precision {precision!r}: expected "auto", "fp32" or "bf16"')
-    if precision == "auto" and device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported(including_emulation=False)
-    elif precision == "auto":
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
         # Older PyTorch can't tell; fp32 is right everywhere.
         features = getattr(torch.cpu, "get_capabilities", dict)()
-        enabled = any(features.get(f) for f in ("amx_bf16", "avx512_bf16", "bf16"))
-    else:
-        enabled = precision == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(enabled))
+        fast = any(features.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+    return "bf16" if fast else "fp32"
 
 
-def precision_name(context: torch.autocast) -> str:
-    """Return "bf16" or "fp32", whichever a context from `autocast` computes in."""
-    return "bf16" if context._enabled else "fp32"
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """Return the context that runs a network's layers in bf16, or as they are for "fp32"."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def seed_everything(seed: int, *more: int) -> None:
@@ -625,7 +624,7 @@ def count_flops(
             y = function(x)
         return counter.get_total_flops(), y
 
-    meta = copy.deepcopy(rnet).to("meta")
+    meta = copy.deepcopy(rnet).eval().to("meta")
     always, x = flops(meta.seed, image)
     per_block = []
     for shortcut, block in meta.shortcuts_and_blocks():
@@ -635,7 +634,7 @@ def count_flops(
         x = residual
     always += flops(meta.classify, x)[0]
     if agent is not None:
-        always += flops(copy.deepcopy(agent).to("meta"), image)[0]
+        always += flops(copy.deepcopy(agent).eval().to("meta"), image)[0]
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
     return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)

@@ -49,7 +49,7 @@ class OneByOne(torch.utils.data.Dataset):
 
 
 def setup(args, plain: bool):
-    """Return network, loader, autocast context, optimizer and held-out loader of one of the loops."""
+    """Return device, network, loader, precision, optimizer and held-out loader of one of the loops."""
     device = utils.choose_device("auto")
     trainset, testset = utils.get_dataset(args.model, "data/")
     trainset, valset = utils.hold_out(trainset, testset, 0.1)
@@ -59,22 +59,22 @@ def setup(args, plain: bool):
         loader = torch.utils.data.DataLoader(
             OneByOne(trainset), args.batch_size, shuffle=True, num_workers=torch.get_num_threads()
         )
-        autocast = utils.autocast("fp32", device)
+        precision = "fp32"
         rnet.to(device)
     else:
         loader = utils.Loader(trainset, args.batch_size, device, shuffle=True)
-        autocast = utils.autocast("auto", device)
+        precision = utils.choose_precision("auto", device)
         rnet.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(rnet.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    return device, rnet, loader, autocast, optimizer, utils.Loader(valset, 1000, device)
+    return device, rnet, loader, precision, optimizer, utils.Loader(valset, 1000, device)
 
 
-def steps(device, rnet, loader, autocast, optimizer):
+def steps(device, rnet, loader, precision, optimizer):
     """Train over one pass of the loader, yielding after each batch."""
     rnet.train()
     for inputs, targets in loader:
         inputs, targets = inputs.to(device), targets.to(device)
-        with autocast:
+        with utils.autocast(precision, device):
             loss = F.cross_entropy(rnet.forward_full(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
@@ -99,7 +99,7 @@ def time_batches(args) -> None:
         low, high = np.quantile(seconds[name], [0.25, 0.75])
         print(
             f"{name:>5}: {1000 * median:7.0f} ms a batch ({1000 * low:.0f} to {1000 * high:.0f}), "
-            f"{median * len(loop[2]):6.1f} s an epoch, {utils.precision_name(loop[3])}"
+            f"{median * len(loop[2]):6.1f} s an epoch, {loop[3]}"
         )
     print(f"ratio: {np.median(seconds['plain']) / np.median(seconds['ours']):.2f}")
 
@@ -108,13 +108,13 @@ def train_both(args) -> None:
     """Train both loops for `--epochs` epochs and print seconds and held-out accuracy."""
     seconds = {}
     for name in ("plain", "ours"):
-        device, rnet, loader, autocast, optimizer, valloader = setup(args, plain=name == "plain")
+        device, rnet, loader, precision, optimizer, valloader = setup(args, plain=name == "plain")
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, 0.2, total_steps=args.epochs * len(loader), pct_start=0.2, cycle_momentum=False
         )
         start = time.perf_counter()
         for _ in range(args.epochs):
-            for _ in steps(device, rnet, loader, autocast, optimizer):
+            for _ in steps(device, rnet, loader, precision, optimizer):
                 scheduler.step()
         seconds[name] = time.perf_counter() - start
         rnet.eval()

@@ -184,7 +184,7 @@ def test_bad_settings():
     with pytest.raises(ValueError, match="max_images is 0"):
         utils.get_dataset("R8_SYN", max_images=0)
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
-        utils.autocast("fp8", torch.device("cpu"))
+        utils.choose_precision("fp8", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="device 'toaster' can't be used here"):
         utils.choose_device("toaster")
 
