@@ -4,6 +4,7 @@ import copy
 import hashlib
 import math
 import os
+import pickle
 import platform
 import re
 import time
@@ -44,6 +45,7 @@ __all__ = [
     "TrainingRun",
     "autocast",
     "build_model",
+    "check",
     "choose_device",
     "choose_precision",
     "count_flops",
@@ -52,9 +54,11 @@ __all__ = [
     "get_model",
     "hold_out",
     "load_checkpoint",
+    "load_standard_weights",
     "load_weights_to_flatresnet",
     "machine",
     "newest_checkpoint",
+    "one_cycle",
     "parse_model",
     "performance_stats",
     "policy_filename",
@@ -112,9 +116,12 @@ def build_model(model: str) -> tuple[FlatResNet, Policy]:
     num_blocks = sum(name.layer_config)
     if name.dataset == "ImgNet":
         rnet = FlatResNet224(Bottleneck, name.layer_config, name.num_classes)
-        return rnet, Policy224(num_blocks=num_blocks)
-    rnet = FlatResNet32(BasicBlock, name.layer_config, name.num_classes)
-    return rnet, Policy32(num_blocks=num_blocks)
+        agent = Policy224(num_blocks=num_blocks)
+    else:
+        rnet = FlatResNet32(BasicBlock, name.layer_config, name.num_classes)
+        agent = Policy32(num_blocks=num_blocks)
+    rnet.model = agent.model = model  # so that weights of another model are not taken for its own
+    return rnet, agent
 
 
 def get_model(
@@ -122,28 +129,38 @@ def get_model(
 ) -> tuple[FlatResNet, Policy]:
     """Return the ResNet with its standard weights and its untrained policy network, on `device`.
 
-    The weights are the newest `pk_*.t7` in `<cv_dir>/trained_rnet/<model>/`; for ImgNet,
-    torchvision's, in the policy network too (a ResNet-18's). FileNotFoundError without a file,
-    RuntimeError where torchvision's weights can't be fetched, CheckpointError for a wrong file.
+    See `load_standard_weights`; for ImgNet, the policy network starts from torchvision's ResNet-18.
+    FileNotFoundError without a file, RuntimeError where torchvision's weights can't be fetched,
+    CheckpointError for a wrong file.
     """
-    name = parse_model(model)
     rnet, agent = build_model(model)
-    if name.dataset == "ImgNet":
-        load_weights_to_flatresnet(_torchvision_weights(f"ResNet{name.depth}"), rnet)
+    load_standard_weights(model, rnet, cv_dir)
+    if isinstance(agent, Policy224):
         load_weights_to_flatresnet(_torchvision_weights("ResNet18"), agent.features)
-    else:
-        folder = Path(cv_dir) / "trained_rnet" / model
-        hint = f"run rnet_sole.ipynb with model = {model!r} first"
-        load_checkpoint(newest_checkpoint(folder, "pk_", hint), rnet)
     return rnet.to(device), agent.to(device)
 
 
+def load_standard_weights(model: str, rnet: FlatResNet, cv_dir: str | os.PathLike = "cv") -> dict:
+    """Load a model name's standard weights into `rnet`; return what else their file holds.
+
+    They are the newest `pk_*.t7` in `<cv_dir>/trained_rnet/<model>/`; for ImgNet without one,
+    torchvision's. Errors as in `get_model`.
+    """
+    folder = Path(cv_dir) / "trained_rnet" / model
+    name = parse_model(model)
+    if name.dataset == "ImgNet" and not any(folder.glob("pk_*.t7")):
+        load_weights_to_flatresnet(_torchvision_weights(f"ResNet{name.depth}"), rnet)
+        return {}
+    hint = f"run rnet_sole.ipynb with model = {model!r} first"
+    return load_checkpoint(newest_checkpoint(folder, "pk_", hint), rnet)
+
+
 def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
-    """Fetch torchvision's default ImageNet weights of e.g. `ResNet101`, from its cache or the net."""
-    weights = torchvision.models.get_model_weights(architecture.lower()).DEFAULT
+    """Fetch torchvision's first ImageNet weights, as the original used, of e.g. `ResNet101`."""
+    weights = torchvision.models.get_model_weights(architecture.lower()).IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise RuntimeError(
             f"torchvision's {architecture} weights could not be fetched from {weights.url} "
@@ -315,7 +332,15 @@ def _imagenet(root: Path) -> list[Dataset]:
                 f"{root / 'val'}, each with a folder of images per class"
             )
         transform = transforms.Compose(transform + normalize)
-        datasets.append(torchvision.datasets.ImageFolder(path, transform))
+        dataset = torchvision.datasets.ImageFolder(path, transform)
+        if len(dataset.classes) != NUM_CLASSES["ImgNet"]:
+            raise ValueError(
+                f"{path} has {len(dataset.classes)} class folders, expected ImageNet's "
+                f"{NUM_CLASSES['ImgNet']}"
+            )
+        datasets.append(dataset)
+    if datasets[0].classes != datasets[1].classes:
+        raise ValueError(f"{root / 'train'} and {root / 'val'} don't have the same class folders")
     return datasets
 
 
@@ -328,7 +353,12 @@ def hold_out(trainset: Dataset, testset: Dataset, share: float) -> tuple[Dataset
     if not 0 < share < 1:
         raise ValueError(f"holdout is {share}, expected a share between 0 and 1, such as 0.1")
     indices = torch.randperm(len(trainset), generator=torch.Generator().manual_seed(0))
-    num_val = max(1, round(share * len(trainset)))
+    num_val = round(share * len(trainset))
+    if not 0 < num_val < len(trainset):
+        raise ValueError(
+            f"holdout {share} of {len(trainset)} training images leaves one part empty: "
+            "use more images or another share"
+        )
     val, train = indices[:num_val], indices[num_val:]
     if isinstance(trainset, Images):
         return trainset.subset(train), trainset.subset(val, augment=False)
@@ -365,7 +395,6 @@ class Loader:
                 shuffle=shuffle,
                 num_workers=workers,
                 pin_memory=self.device.type == "cuda",
-                persistent_workers=workers > 0,
             )
 
     def __len__(self) -> int:
@@ -394,11 +423,14 @@ def choose_device(device: str = "auto") -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        usable = torch.device(device).type in ("cpu", "cuda")
+    except (RuntimeError, AssertionError):
+        usable = False
+    if not usable:
         raise RuntimeError(
-            f"device {device!r} can't be used here ({str(error).splitlines()[0]}): "
-            'choose "auto", "cpu" or a device that this machine has'
-        ) from error
+            f'device {str(device)!r} can\'t be used here: choose "auto", "cpu", or "cuda" on a '
+            "machine with a CUDA GPU and a PyTorch built for it"
+        )
     return torch.device(device)
 
 
@@ -438,7 +470,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def machine(device: torch.device | str) -> str:
-    """Describe what the numbers were measured on: device, PyTorch's version, cores."""
+    """Describe what numbers were measured on: the device, threads on a CPU, PyTorch's version."""
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -447,11 +479,37 @@ def machine(device: torch.device | str) -> str:
         cpuinfo = Path("/proc/cpuinfo")
         if cpuinfo.exists() and (m := re.search(r"model name\s*: (.*)", cpuinfo.read_text())):
             name = m[1]
-        name += f", {torch.get_num_threads()} cores"
+        name += f", {torch.get_num_threads()} threads"
     return f"{name}, PyTorch {torch.__version__.split('+')[0]}"
 
 
+def check(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:
+    """Check that a setting lies from `low` up to but without `high`. ValueError saying so if not."""
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not (number and low <= value < high):
+        kind = "a whole number" if whole else "a number"
+        limit = f" and below {high}" if high < math.inf else ""
+        raise ValueError(f"{name} is {value!r}, expected {kind}, {low} or more{limit}")
+
+
 # --------------------------------------------------------------------------------- training runs
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, warmup: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Return the schedule that raises the learning rate to `lr`, then lowers it to 0, by cosines.
+
+    `warmup`: the share of the `steps` in which it rises. ValueError where that is under 2 steps.
+    """
+    if not 2 <= warmup * steps < steps:
+        raise ValueError(
+            f"warmup is {warmup} of {steps} steps, expected 2 steps or more and a share below 1: "
+            "choose another share, or train longer"
+        )
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
+    )
 
 
 class TrainingRun:
@@ -479,10 +537,12 @@ class TrainingRun:
         epochs: int,
         line: str,
         resume: bool = True,
+        seconds: float = 0.0,
     ):
         """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
         is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
         `line`: what is printed of an epoch, a format string of the figures in the history.
+        `seconds`: what the training took that this one builds on.
 
         ValueError for an unfinished run of other settings in `folder`: it would be lost.
         """
@@ -492,14 +552,18 @@ class TrainingRun:
         self.settings = dict(settings) | {"epochs": epochs}
         self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = seconds
         self.last = self.folder / "last.t7"
         if resume and self.last.is_file():
             self._resume()
 
     def _resume(self) -> None:
         state = read_checkpoint(self.last)
-        before = state.get("settings", {})
+        if not {"history", "settings", "seconds", *self.progress} <= state.keys():
+            raise CheckpointError(
+                f"{self.last} is not the state of a run like this one: move it away, or set resume = False"
+            )
+        before = state["settings"]
         changed = [
             f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
             for key in sorted(before.keys() | self.settings.keys())
@@ -508,16 +572,17 @@ class TrainingRun:
         if changed and len(state["history"]) < before["epochs"]:
             raise ValueError(
                 f"{self.last} holds an unfinished run of other settings ({', '.join(changed)}): "
-                "set them back to go on with it, or resume = False to start afresh"
+                "set them back to go on with it, or move it away or set resume = False to start afresh"
             )
         if changed:
             print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
             return
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
-        for name, part in self.progress.items():
-            part.load_state_dict(state[name])
         self.history, self.seconds = state["history"], state["seconds"]
         left = self.epochs - len(self.history)
+        if left:
+            for name, part in self.progress.items():
+                part.load_state_dict(state[name])
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
         for row in self.history:
             print(self.line.format(**row))

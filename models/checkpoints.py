@@ -51,6 +51,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
+        while not isinstance(error, OSError) and error.__context__ is not None:
+            error = error.__context__  # torch hides the operating system's word
         raise RuntimeError(
             f"could not write {path} ({error}): free some space or choose another folder; "
             "whatever stood there before is unharmed"
@@ -107,10 +109,13 @@ def load_checkpoint(
 
     Knows our files, the original's (`agent`, `net` and `resnet` entries, `state_dict` of a plain
     ResNet), torchvision's ResNets and bare state dicts. A network that is given must be in the
-    file. On any error the networks keep the weights they had. FileNotFoundError, CheckpointError.
+    file, and where the file tells the model name, it must be the network's. On any error the
+    networks keep the weights they had. FileNotFoundError, CheckpointError.
     """
     content = read_checkpoint(path)
     states, rest = _split(content, path)
+    settings = rest.get("settings")
+    trained_as = settings.get("model") if isinstance(settings, Mapping) else None
     pairs = []
     for network, name in ((rnet, "resnet"), (agent, "agent")):
         if network is None:
@@ -119,6 +124,9 @@ def load_checkpoint(
             has = " and ".join({"resnet": "a ResNet", "agent": "a policy"}[n] for n in states)
             wanted = "ResNet" if name == "resnet" else "policy"
             raise CheckpointError(f"{path} holds {has or 'no weights'}, but no {wanted}")
+        expected = getattr(network, "model", None)
+        if trained_as and expected and trained_as != expected:
+            raise CheckpointError(f"{path} was trained as {trained_as}, not as {expected}")
         pairs.append((network, _fitted(network, states[name], f"the {name} in {path}")))
     for network, state in pairs:
         network.load_state_dict(state)
@@ -129,15 +137,16 @@ def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -
     """Copy the weights of a plain ResNet into the FlatResNet `target` and return it.
 
     `source`: a torchvision ResNet (or another with its names), its state dict, or a checkpoint dict
-    with `state_dict`; a leading `module.` (nn.DataParallel) is dropped. Where the target has fewer
-    blocks per segment, it gets the first of each; a classifier that it lacks is left out.
-    CheckpointError where a weight that the target needs is missing or has another shape.
+    with `state_dict`; a leading `module.` (nn.DataParallel) is dropped. A target without classifier,
+    as in a policy network, may be a part of the source: the first blocks of each segment.
+    CheckpointError where the weights don't fit.
     """
     if isinstance(source, nn.Module):
         source = source.state_dict()
     state = _flat_names(source.get("state_dict", source))
-    wanted = target.state_dict()
-    state = {key: value for key, value in state.items() if key in wanted}
+    if isinstance(target.fc, nn.Identity):
+        wanted = target.state_dict()
+        state = {key: value for key, value in state.items() if key in wanted}
     target.load_state_dict(_fitted(target, state, "the source ResNet"))
     return target
 

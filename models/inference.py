@@ -30,10 +30,13 @@ class Prepared:
     """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
 
     def __init__(self, rnet: FlatResNet, agent: Policy | None, dtype: torch.dtype, device: torch.device):
-        self.dtype, self.device = dtype, device
+        self.dtype = dtype
         to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
         self.rnet = fold(rnet).to(**to)
         self.agent = None if agent is None else fold(agent).to(**to)
+        if self.agent is not None:  # the heads decide in fp32, as in training
+            self.agent.logit.float()
+            self.agent.vnet.float()
         self.blocks = list(self.rnet.shortcuts_and_blocks())
 
     @torch.inference_mode()
@@ -41,13 +44,13 @@ class Prepared:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
         `policy`: run this one instead of the agent's. ValueError for one of another shape or with
-        values other than 0 and 1.
+        values other than 0 and 1, and for images on another device.
         """
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = self._input(x)
         if policy is None and self.agent is None:
             return self.rnet.forward_full(x).float()
         if policy is None:
-            policy = greedy_policy(self.agent(x)[0].float())
+            policy = greedy_policy(self.agent(x)[0])
         logits = self._run(self.rnet.seed(x), self._checked(policy, len(x)), 0)
         return logits if self.agent is None else (logits, policy)
 
@@ -58,7 +61,7 @@ class Prepared:
         What they share is computed once: the first blocks, as far as all of them keep those for
         every image, and images for which a policy is the same as the first one.
         """
-        x = x.to(self.dtype, memory_format=torch.channels_last)
+        x = self._input(x)
         checked = [self._checked(policy, len(x)) for policy in policies]
         kept_by_all = torch.stack(checked).all(0).all(0).tolist()
         shared = [*kept_by_all, False].index(False)
@@ -73,6 +76,13 @@ class Prepared:
         for index, other in zip(differs, others, strict=True):
             logits.append(first.index_copy(0, index.to(first.device), other))
         return logits
+
+    def _input(self, x: Tensor) -> Tensor:
+        """Return images in the network's precision and memory format."""
+        device = self.rnet.fc.weight.device
+        if x.device != device:
+            raise ValueError(f"the images are on {x.device}, the network on {device}: move one of them")
+        return x.to(self.dtype, memory_format=torch.channels_last)
 
     def _checked(self, policy: Tensor, num_images: int) -> Tensor:
         """Return the policy as booleans on the host."""

@@ -33,7 +33,10 @@ class Policy(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features.forward_full(x)
-        return torch.sigmoid(self.logit(features)), self.vnet(features)
+        # In bf16 a probability would be 1, and its gradient 0, from 0.998 on: the heads don't use it.
+        with torch.autocast(x.device.type, enabled=False):
+            features = features.to(self.logit.weight.dtype)
+            return torch.sigmoid(self.logit(features)), self.vnet(features)
 
 
 class Policy32(Policy):

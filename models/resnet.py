@@ -114,7 +114,7 @@ class FlatResNet(nn.Module):
         x = self.seed(x)
         for keep, (shortcut, block) in zip(policy, self.shortcuts_and_blocks(), strict=True):
             residual = shortcut(x)
-            x = F.relu(residual + block(x)) if keep else residual
+            x = F.relu(residual + block(x)) if keep > 0.5 else residual
         return self.classify(x)
 
     def forward_full(self, x: Tensor) -> Tensor:

@@ -79,6 +79,12 @@ def test_an_unfinished_run_of_other_settings_is_not_lost(tmp_path):
     assert len(run.history) == EPOCHS
 
 
+def test_a_foreign_state_is_refused(tmp_path):
+    utils.save_checkpoint(tmp_path / "last.t7", {"epoch": 3})
+    with pytest.raises(utils.CheckpointError, match=r"last\.t7 is not the state of a run like this one"):
+        training(tmp_path)
+
+
 def test_other_seeds_other_weights(tmp_path):
     first, _ = training(tmp_path / "a", seed=1)
     second, _ = training(tmp_path / "b", seed=2)
