@@ -25,6 +25,9 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import utils
 
+ROUNDS = 3  # turns of each loop
+WARMUP = 3  # batches not counted in each turn: the workers start
+
 
 class OneByOne(torch.utils.data.Dataset):
     """The images of `utils.Images` through PIL and torchvision's transforms, as the original did."""
@@ -84,19 +87,20 @@ def steps(device, rnet, loader, precision, optimizer):
 
 
 def time_batches(args) -> None:
-    """Print the seconds an epoch takes, from alternating batches of both loops."""
-    loops = {"plain": setup(args, plain=True), "ours": setup(args, plain=False)}
-    running = {name: steps(*loop[:5]) for name, loop in loops.items()}
-    seconds = {name: [] for name in loops}
-    for index in range(args.batches + 2):
-        for name, loop in running.items():
-            start = time.perf_counter()
-            next(loop)
-            if index >= 2:  # the first ones warm up, and wait for the workers to start
-                seconds[name].append(time.perf_counter() - start)
+    """Print the seconds an epoch takes: the loops in turn, each alone, so many batches at a time."""
+    seconds = {"plain": [], "ours": []}
+    loops = {name: setup(args, plain=name == "plain") for name in seconds}
+    for _ in range(ROUNDS):
+        for name, loop in loops.items():
+            running = steps(*loop[:5])
+            for index in range(args.batches + WARMUP):
+                start = time.perf_counter()
+                next(running)
+                if index >= WARMUP:
+                    seconds[name].append(time.perf_counter() - start)
+            running.close()  # ends the plain loop's workers
     for name, loop in loops.items():
-        median = np.median(seconds[name])
-        low, high = np.quantile(seconds[name], [0.25, 0.75])
+        low, median, high = np.quantile(seconds[name], [0.25, 0.5, 0.75])
         print(
             f"{name:>5}: {1000 * median:7.0f} ms a batch ({1000 * low:.0f} to {1000 * high:.0f}), "
             f"{median * len(loop[2]):6.1f} s an epoch, {loop[3]}"

@@ -4,11 +4,14 @@ import argparse
 import collections
 import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from conftest import ROOT
 
 import utils
 from models import checkpoints
@@ -201,6 +204,37 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
         utils.save_checkpoint(path, {"epoch": 2})
     assert utils.read_checkpoint(path) == {"epoch": 1}
     assert [p.name for p in path.parent.iterdir()] == ["last.t7"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_a_limit_on_the_file_size_is_told_in_the_systems_words(tmp_path):
+    code = f"""
+import resource, signal, torch, utils
+path = utils.save_checkpoint({str(tmp_path / "last.t7")!r}, {{"epoch": 1}})
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+try:
+    utils.save_checkpoint(path, {{"weights": torch.zeros(1_000_000)}})
+except RuntimeError as error:
+    print(error)
+print(utils.read_checkpoint(path), len(list(path.parent.iterdir())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "File too large" in done.stdout and "could not write" in done.stdout
+    assert done.stdout.splitlines()[-1] == "{'epoch': 1} 1"
+
+
+def test_weights_of_another_model_are_refused(tmp_path, rnet):
+    content = {"resnet": rnet.state_dict(), "settings": {"model": "R8_C10"}}
+    path = utils.save_checkpoint(tmp_path / "a.t7", content)
+    with pytest.raises(utils.CheckpointError, match="was trained as R8_C10, not as R8_SYN"):
+        utils.load_checkpoint(path, rnet)
+
+
+def test_a_deeper_resnet_is_not_cut_to_fit():
+    deep, shallow = utils.build_model("R14_SYN")[0], utils.build_model("R8_SYN")[0]
+    with pytest.raises(utils.CheckpointError, match="has no place in the network"):
+        utils.load_weights_to_flatresnet(deep, shallow)
 
 
 def test_the_newest_checkpoint_is_found(tmp_path):

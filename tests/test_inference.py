@@ -108,5 +108,7 @@ def test_bad_input(networks):
         net(images, policy=torch.ones(2, 8))
     with pytest.raises(ValueError, match="values other than 0 and 1"):
         net(images, policy=torch.full((2, 9), 0.5))
+    with pytest.raises(ValueError, match="the images are on meta, the network on cpu"):
+        net(images.to("meta"))
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
         inference.prepare(rnet, agent, precision="fp8")

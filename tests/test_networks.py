@@ -117,6 +117,22 @@ def test_policy_gives_probabilities_and_value(agent, size, num_blocks):
     assert ((probs > 0) & (probs < 1)).all()
 
 
+def test_bf16_training_reaches_every_weight():
+    """As in finetuning: a pass without gradients first must not cut the second one off."""
+    torch.manual_seed(0)
+    rnet, agent = utils.build_model("R8_SYN")
+    images, policy = torch.rand(4, 3, 32, 32), torch.ones(4, 3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        rnet(images, policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        probs, value = agent(images)
+        loss = rnet(images, policy).float().square().mean() + probs.mean() + value.mean()
+    loss.backward()
+    assert probs.dtype == torch.float32
+    for network in (rnet, agent):
+        assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+
+
 def test_policy224_starts_from_a_resnet18():
     source = torchvision.models.resnet18(weights=None)
     agent = Policy224()

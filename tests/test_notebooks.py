@@ -1,15 +1,19 @@
 """Every notebook, executed from a clean kernel with small settings on the built-in data."""
 
+import shutil
+
+import matplotlib.pyplot
 import nbformat
 import papermill
 import pytest
+import torch
 from conftest import NOTEBOOKS, ROOT
 
 import utils
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
 SOLE = SMALL | {"epochs": 2}
-BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2}
+BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2, "warmup": 0.2}
 
 
 def execute(name, folder, settings):
@@ -89,7 +93,7 @@ def test_stages_can_be_skipped_and_started_from_files(printed):
     _, folder = printed
     (policy,) = (folder / "cv" / "trained_policy" / "R8_SYN").glob("ckpt_*.t7")
     (pair,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
-    short = BLOCKDROP | {"max_images": 100, "max_epochs_training": 1, "max_epochs_finetuning": 1}
+    short = BLOCKDROP | {"max_epochs_training": 1, "max_epochs_finetuning": 1, "warmup": 0.5}
     text = execute("blockdrop_training", folder, short | {"max_epochs_training": 0})
     assert "Policy training skipped" in text and f"loaded policy from {policy}" in text
     text = execute("blockdrop_training", folder, short | {"load_policy": str(policy)})
@@ -100,12 +104,73 @@ def test_stages_can_be_skipped_and_started_from_files(printed):
     assert "loaded pair from" in text
 
 
+def test_the_readmes_main_job_runs(tmp_path):
+    """The shipped pair on the built-in data, on fewer images."""
+    notebook = papermill.execute_notebook(
+        ROOT / "blockdrop_inference.ipynb",
+        tmp_path / "out.ipynb",
+        parameters={"max_images": 100, "data_dir": str(ROOT / "data")},
+        cwd=ROOT,
+        progress_bar=False,
+    )
+    text = str(notebook)
+    assert "Distinct policies" in text and "blocks by difficulty" in text
+
+
+@pytest.mark.parametrize("epochs_before_kill", [0, 1, 3])
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch, epochs_before_kill):
+    """Policy training and finetuning stopped inside an epoch, then run again: same weights to the bit."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: None)
+    execute("rnet_sole", tmp_path, SOLE)
+    notebook = nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+    def run(cv):
+        shutil.copytree(tmp_path / "cv" / "trained_rnet", cv / "trained_rnet", dirs_exist_ok=True)
+        settings = BLOCKDROP | {"cv_dir": str(cv), "data_dir": str(ROOT / "data")}
+        namespace = {}
+        for cell in code:
+            exec(cell.source, namespace)
+            if "parameters" in cell.metadata.get("tags", []):
+                namespace.update(settings)
+        return utils.fingerprint(namespace["rnet"], namespace["agent"])
+
+    expected = run(tmp_path / "whole")
+    ended = utils.TrainingRun.end_epoch
+    left = iter([True] * epochs_before_kill + [False])
+
+    def end_epoch(self, epoch, **figures):
+        if not next(left, True):
+            raise KeyboardInterrupt
+        ended(self, epoch, **figures)
+
+    monkeypatch.setattr(utils.TrainingRun, "end_epoch", end_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed")
+    assert run(tmp_path / "killed") == expected
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
+def test_they_run_on_cuda(tmp_path):
+    for name, settings in (
+        ("rnet_sole", SOLE),
+        ("blockdrop_training", BLOCKDROP),
+        ("blockdrop_inference", SMALL),
+    ):
+        execute(name, tmp_path, settings | {"device": "cuda"})
+
+
 @pytest.mark.parametrize(
     ("name", "setting", "message"),
     [
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
-        ("blockdrop_training", {"penalty": 1}, "expected negative numbers"),
+        ("blockdrop_training", {"penalty": 1}, "-penalty is -1, expected a number, 0 or more"),
+        ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
+        ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
+        ("rnet_sole", {"max_images": 1}, "leaves one part empty"),
+        ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),
         ("blockdrop_inference", {"model": "R14_SYN"}, "run blockdrop_training.ipynb with model = 'R14_SYN'"),
     ],
 )

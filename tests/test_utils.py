@@ -151,10 +151,14 @@ def test_held_out_images_are_always_the_same_and_not_augmented():
     assert torch.equal(val.images, again.images)
     with pytest.raises(ValueError, match=r"holdout is 1\.5"):
         utils.hold_out(data, data, 1.5)
+    with pytest.raises(ValueError, match="leaves one part empty"):
+        utils.hold_out(data, data, 0.001)
 
 
 @pytest.fixture
-def imagenet(tmp_path):
+def imagenet(tmp_path, monkeypatch):
+    """A stand-in with 2 classes."""
+    monkeypatch.setitem(utils.NUM_CLASSES, "ImgNet", 2)
     for part in ("train", "val"):
         for label in ("cat", "dog"):
             folder = tmp_path / part / label
@@ -180,7 +184,38 @@ def test_imagenet_without_train(imagenet):
         utils.get_dataset("R50_ImgNet", imagenet)
 
 
+def test_imagenet_with_other_classes(imagenet, monkeypatch):
+    (imagenet / "val" / "dog").rename(imagenet / "val" / "fox")
+    with pytest.raises(ValueError, match="don't have the same class folders"):
+        utils.get_dataset("R50_ImgNet", imagenet)
+    monkeypatch.setitem(utils.NUM_CLASSES, "ImgNet", 1000)
+    with pytest.raises(ValueError, match=r"has 2 class folders, expected ImageNet's 1000"):
+        utils.get_dataset("R50_ImgNet", imagenet)
+
+
+def test_imagenet_model_starts_from_torchvisions_weights(monkeypatch, tmp_path):
+    sources = {}
+
+    def fetched(weights, **options):
+        assert options["weights_only"]
+        name = str(weights).split("_")[0].lower()
+        sources[name] = torchvision.models.get_model(name, weights=None)
+        return sources[name].state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fetched)
+    rnet, agent = utils.get_model("R50_ImgNet", "cpu", tmp_path)
+    assert torch.equal(rnet.fc.weight, sources["resnet50"].fc.weight)
+    assert torch.equal(agent.features.conv1.weight, sources["resnet18"].conv1.weight)
+
+
 def test_bad_settings():
+    for value in (0, 2.5, True, "3"):
+        with pytest.raises(ValueError, match=r"epochs is .*, expected a whole number, 1 or more"):
+            utils.check("epochs", value, 1, whole=True)
+    with pytest.raises(ValueError, match=r"alpha is 1, expected a number, 0\.51 or more and below 1"):
+        utils.check("alpha", 1, 0.51, 1)
+    with pytest.raises(ValueError, match=r"warmup is 0\.1 of 10 steps"):
+        utils.one_cycle(None, 0.1, 10, 0.1)
     with pytest.raises(ValueError, match="max_images is 0"):
         utils.get_dataset("R8_SYN", max_images=0)
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
