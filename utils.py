@@ -682,24 +682,24 @@ def count_flops(
     2 per multiply-add of convolutions and linear layers, as in the original. Without policies all
     blocks are kept (N = 1); with an `agent`, its FLOPs are added. `image_size` in pixels.
     """
-    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    image = torch.zeros(1, 3, image_size, image_size)
 
     def flops(function: Callable[[Tensor], object], x: Tensor) -> tuple[int, object]:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             y = function(x)
         return counter.get_total_flops(), y
 
-    meta = copy.deepcopy(rnet).eval().to("meta")
-    always, x = flops(meta.seed, image)
+    counted = copy.deepcopy(rnet).eval().float().cpu()
+    always, x = flops(counted.seed, image)
     per_block = []
-    for shortcut, block in meta.shortcuts_and_blocks():
+    for shortcut, block in counted.shortcuts_and_blocks():
         cost, residual = flops(shortcut, x)
         always += cost
         per_block.append(flops(block, x)[0])
         x = residual
-    always += flops(meta.classify, x)[0]
+    always += flops(counted.classify, x)[0]
     if agent is not None:
-        always += flops(copy.deepcopy(agent).eval().to("meta"), image)[0]
+        always += flops(copy.deepcopy(agent).eval().float().cpu(), image)[0]
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
     return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)
