@@ -151,6 +151,15 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
     assert run(tmp_path / "killed") == expected
 
 
+def test_they_run_on_cifar10(tmp_path, cifar10):
+    small = {"model": "R8_C10"}
+    execute("rnet_sole", tmp_path, SOLE | small)
+    execute("blockdrop_training", tmp_path, BLOCKDROP | small)
+    assert "The difficulty of R8_C10's images is not known" in execute(
+        "blockdrop_inference", tmp_path, SMALL | small
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 def test_they_run_on_cuda(tmp_path):
     for name, settings in (
