@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import logging
 import math
 import os
 import pickle
@@ -57,9 +58,11 @@ __all__ = [
     "load_standard_weights",
     "load_weights_to_flatresnet",
     "machine",
+    "measure",
     "newest_checkpoint",
     "one_cycle",
     "parse_model",
+    "peak_memory",
     "performance_stats",
     "policy_filename",
     "read_checkpoint",
@@ -481,6 +484,58 @@ def machine(device: torch.device | str) -> str:
             name = m[1]
         name += f", {torch.get_num_threads()} threads"
     return f"{name}, PyTorch {torch.__version__.split('+')[0]}"
+
+
+class Time(NamedTuple):
+    """Seconds of one call: median and quartiles, and over how many calls."""
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+def measure(function: Callable[[], object], device: torch.device | str, seconds: float = 0.5) -> Time:
+    """Time a function on a device: warmed up, synchronized, repeated for about so many seconds.
+
+    Data should lie on the device already. Quartiles are those of PyTorch's benchmark's blocks of
+    calls. Source: `torch.utils.benchmark`.
+    """
+    # Imported here because it has a word to say about CUDA's compiler, of no use to anyone here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    from torch.utils.benchmark import Timer
+
+    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
+    timer.timeit(2)
+    synchronize(device)
+    measurement = timer.blocked_autorange(min_run_time=seconds)
+    low, high = np.quantile(measurement.times, [0.25, 0.75])
+    calls = measurement.number_per_run * len(measurement.times)
+    return Time(measurement.median, float(low), float(high), calls)
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str) -> float:
+    """Return the bytes that a call of `function` holds at its peak, beyond what is held before it.
+
+    On CUDA what PyTorch allocates; on the CPU what the process resides in, known on Linux only:
+    elsewhere `nan`.
+    """
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return math.nan
+
+    def kibibytes(field: str) -> int:
+        return int(re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1])
+
+    clear.write_text("5")  # proc(5): the peak starts anew from what resides now
+    before = kibibytes("VmRSS")
+    function()
+    return 1024.0 * (kibibytes("VmHWM") - before)
 
 
 def check(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -33,26 +33,36 @@ class Prepared:
         self.dtype = dtype
         to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
         self.rnet = fold(rnet).to(**to)
-        self.agent = None if agent is None else fold(agent).to(**to)
-        if self.agent is not None:  # the heads decide in fp32, as in training
-            self.agent.logit.float()
-            self.agent.vnet.float()
-        self.blocks = list(self.rnet.shortcuts_and_blocks())
+        self.agent = None
+        if agent is not None:
+            self.agent = fold(agent).to(**to)
+            for head in (self.agent.logit, self.agent.vnet):
+                head.float()  # they decide in fp32, as in training
+        self.blocks = _flattened(self.rnet)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
-        `policy`: run this one instead of the agent's. ValueError for one of another shape or with
-        values other than 0 and 1, and for images on another device.
+        `policy`: run this one instead of the agent's. Alone and without one, every block is kept.
+        ValueError for a policy of another shape or with values other than 0 and 1, and for images
+        on another device.
         """
         x = self._input(x)
-        if policy is None and self.agent is None:
-            return self.rnet.forward_full(x).float()
-        if policy is None:
+        if policy is not None:
+            kept = self._checked(policy, len(x))
+        elif self.agent is not None:
             policy = greedy_policy(self.agent(x)[0])
-        logits = self._run(self.rnet.seed(x), self._checked(policy, len(x)), 0)
+            kept = policy.cpu().bool()
+        else:
+            kept = torch.ones(len(x), len(self.blocks), dtype=torch.bool)
+        logits = self._run(self.rnet.seed(x), kept, 0)
         return logits if self.agent is None else (logits, policy)
+
+    @torch.inference_mode()
+    def decide(self, x: Tensor) -> Tensor:
+        """Return the agent's policy (N, K) for images (N, 3, H, W)."""
+        return greedy_policy(self.agent(self._input(x))[0])
 
     @torch.inference_mode()
     def under_each(self, x: Tensor, policies: Sequence[Tensor]) -> list[Tensor]:
@@ -62,20 +72,22 @@ class Prepared:
         every image, and images for which a policy is the same as the first one.
         """
         x = self._input(x)
-        checked = [self._checked(policy, len(x)) for policy in policies]
-        kept_by_all = torch.stack(checked).all(0).all(0).tolist()
+        kept = [self._checked(policy, len(x)) for policy in policies]
+        kept_by_all = torch.stack(kept).all(0).all(0).tolist()
         shared = [*kept_by_all, False].index(False)
-        x = self._blocks(self.rnet.seed(x), checked[0], 0, shared)
-        differs = [(policy != checked[0]).any(1).nonzero().flatten() for policy in checked[1:]]
+        x = self._blocks(self.rnet.seed(x), kept[0], 0, shared)
+        differs = [(other != kept[0]).any(1).nonzero().flatten() for other in kept[1:]]
         rows = torch.cat([torch.arange(len(x)), *differs])
-        policy = torch.cat([checked[0], *(p[i] for p, i in zip(checked[1:], differs, strict=True))])
-        first, *others = self._run(_rows(x, rows.to(x.device)), policy, shared).split(
-            [len(x), *map(len, differs)]
-        )
-        logits = [first]
-        for index, other in zip(differs, others, strict=True):
-            logits.append(first.index_copy(0, index.to(first.device), other))
-        return logits
+        policy = torch.cat([kept[0], *(p[i] for p, i in zip(kept[1:], differs, strict=True))])
+        logits = self._run(_rows(x, rows.to(x.device)), policy, shared)
+        first, *others = logits.split([len(x), *map(len, differs)])
+        return [
+            first,
+            *(
+                first.index_copy(0, index.to(first.device), other)
+                for index, other in zip(differs, others, strict=True)
+            ),
+        ]
 
     def _input(self, x: Tensor) -> Tensor:
         """Return images in the network's precision and memory format."""
@@ -86,35 +98,69 @@ class Prepared:
 
     def _checked(self, policy: Tensor, num_images: int) -> Tensor:
         """Return the policy as booleans on the host."""
-        expected = (num_images, self.rnet.num_blocks)
+        expected = (num_images, len(self.blocks))
         if policy.shape != expected:
-            raise ValueError(f"policy has shape {tuple(policy.shape)}, expected {expected}")
+            raise ValueError(
+                f"policy has shape {tuple(policy.shape)}, expected {expected}: "
+                "one row per image, one column per block"
+            )
         policy = policy.cpu()
         if not ((policy == 0) | (policy == 1)).all():
-            raise ValueError("policy has values other than 0 and 1")
+            raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
         return policy.bool()
 
-    def _run(self, x: Tensor, policy: Tensor, first: int) -> Tensor:
-        x = self._blocks(x, policy, first, len(self.blocks))
+    def _run(self, x: Tensor, kept: Tensor, first: int) -> Tensor:
+        x = self._blocks(x, kept, first, len(self.blocks))
         return self.rnet.classify(x).float()
 
-    def _blocks(self, x: Tensor, policy: Tensor, first: int, last: int) -> Tensor:
-        """Run blocks `first` up to `last` on the images that keep them; `x` is overwritten."""
-        counts = policy.sum(0).tolist()
-        keeping = policy.t().nonzero()[:, 1].to(x.device).split(counts)  # per block, which images
+    def _blocks(self, x: Tensor, kept: Tensor, first: int, last: int) -> Tensor:
+        """Run blocks `first` up to `last` on the images that keep them; `x` is overwritten.
+
+        `kept`: (N, K) booleans on the host. The index lists of all blocks are made at once; blocks
+        that all images keep, or none, need none of them.
+        """
+        if len(x) == 1:
+            counts, keeping = kept[0].tolist(), ()
+        else:
+            counts = kept.sum(0).tolist()
+            keeping = kept.t().nonzero()[:, 1].to(x.device).split(counts)
         for k in range(first, last):
-            shortcut, block = self.blocks[k]
-            if counts[k] == len(x):
-                x = F.relu_(block(x).add_(shortcut(x)))
-            elif counts[k] == 0:
-                x = shortcut(x)
+            shortcut, residual_branch = self.blocks[k]
+            if counts[k] == 0:
+                x = shortcut(x) if shortcut is not None else x
+            elif counts[k] == len(x):
+                x = residual_branch(x, shortcut(x) if shortcut is not None else x)
             else:
                 images = keeping[k]
-                kept = _rows(x, images)
-                x = shortcut(x)
-                out = F.relu_(block(kept).add_(_rows(x, images)))
+                chosen = _rows(x, images)
+                x = shortcut(x) if shortcut is not None else x
+                out = residual_branch(chosen, chosen if shortcut is None else _rows(x, images))
                 _channels_last(x).index_copy_(0, images, _channels_last(out))
         return x
+
+
+def _flattened(rnet: FlatResNet) -> list[tuple[nn.Module | None, Callable[[Tensor, Tensor], Tensor]]]:
+    """Return each block of a folded ResNet as (shortcut, or None where it changes nothing; branch).
+
+    A branch maps the block's input and its shortcut to ReLU(shortcut + block(input)) by its
+    convolutions alone, without a module call.
+    """
+    blocks = []
+    for shortcut, block in rnet.shortcuts_and_blocks():
+        convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
+        blocks.append((None if isinstance(shortcut, nn.Identity) else shortcut, _branch(convs)))
+    return blocks
+
+
+def _branch(convs: list[nn.Conv2d]) -> Callable[[Tensor, Tensor], Tensor]:
+    *inner, outer = [(conv.weight, conv.bias, conv.stride, conv.padding) for conv in convs]
+
+    def run(x: Tensor, residual: Tensor) -> Tensor:
+        for conv in inner:
+            x = F.relu_(torch.conv2d(x, *conv))
+        return F.relu_(torch.conv2d(x, *outer).add_(residual))
+
+    return run
 
 
 def _channels_last(x: Tensor) -> Tensor:

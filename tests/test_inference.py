@@ -106,7 +106,7 @@ def test_bad_input(networks):
     images = torch.rand(2, 3, 32, 32)
     with pytest.raises(ValueError, match=r"shape \(2, 8\), expected \(2, 9\)"):
         net(images, policy=torch.ones(2, 8))
-    with pytest.raises(ValueError, match="values other than 0 and 1"):
+    with pytest.raises(ValueError, match=r"values other than 0 \(drop\) and 1 \(keep\)"):
         net(images, policy=torch.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="the images are on meta, the network on cpu"):
         net(images.to("meta"))

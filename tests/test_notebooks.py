@@ -13,7 +13,7 @@ import utils
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
 SOLE = SMALL | {"epochs": 2}
-BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2, "warmup": 0.2}
+BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "warmup_rnet": 0.5}
 
 
 def execute(name, folder, settings):
@@ -93,7 +93,7 @@ def test_stages_can_be_skipped_and_started_from_files(printed):
     _, folder = printed
     (policy,) = (folder / "cv" / "trained_policy" / "R8_SYN").glob("ckpt_*.t7")
     (pair,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
-    short = BLOCKDROP | {"max_epochs_training": 1, "max_epochs_finetuning": 1, "warmup": 0.5}
+    short = BLOCKDROP | {"max_epochs_training": 1, "max_epochs_finetuning": 1}
     text = execute("blockdrop_training", folder, short | {"max_epochs_training": 0})
     assert "Policy training skipped" in text and f"loaded policy from {policy}" in text
     text = execute("blockdrop_training", folder, short | {"load_policy": str(policy)})

@@ -1,0 +1,89 @@
+"""Time a ResNet alone and under a policy, plain and prepared, and print the ratios of the run.
+
+    python tests/benchmark_inference.py --model R110_C10 --kept 17
+
+The networks have random weights; each image's policy keeps `--kept` blocks at random. BlockDrop's
+times include the policy network. Milliseconds a batch, median and quartiles; peak memory of masked
+and conditional execution.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
+from models import inference
+
+
+def random_policies(num_images: int, num_blocks: int, kept: int) -> torch.Tensor:
+    """Return policies (N, K) that keep `kept` blocks each."""
+    return (torch.rand(num_images, num_blocks).argsort(1) < kept).float()
+
+
+def ways_to_run(rnet, agent, images, policy, precisions):
+    """Return the functions to be timed, by name."""
+
+    def plain(function):
+        return torch.no_grad()(function)
+
+    ways = {
+        "plain masked": plain(lambda: (agent(images), rnet(images, policy))),
+        "plain sole": plain(lambda: rnet.forward_full(images)),
+    }
+    if len(images) == 1:
+        ways["plain single"] = plain(lambda: (agent(images), rnet.forward_single(images, policy)))
+    for precision in precisions:
+        alone = inference.prepare(rnet, precision=precision)
+        net = inference.prepare(rnet, agent, precision=precision)
+        ways[f"sole {precision}"] = lambda alone=alone: alone(images)
+        ways[f"BlockDrop {precision}"] = lambda net=net: (net.decide(images), net(images, policy))
+        ways[f"policy network {precision}"] = lambda net=net: net.decide(images)
+    return ways
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="R110_C10")
+    parser.add_argument("--kept", type=int, default=17, help="blocks that each policy keeps")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 256], help="batch sizes")
+    parser.add_argument("--seconds", type=float, default=4, help="spent on each measurement")
+    args = parser.parse_args()
+
+    device = utils.choose_device()
+    torch.manual_seed(0)
+    rnet, agent = (network.eval().to(device) for network in utils.build_model(args.model))
+    precisions = ["fp32"]
+    if utils.choose_precision("auto", device) == "bf16":
+        precisions.append("bf16")
+    size = utils.parse_model(args.model).image_size
+    print(f"{args.model}, {args.kept} of {rnet.num_blocks} blocks kept, {utils.machine(device)}")
+    full = utils.count_flops(rnet, image_size=size).item()
+    for num_images in args.batches:
+        images = torch.rand(num_images, 3, size, size, device=device)
+        policy = random_policies(num_images, rnet.num_blocks, args.kept)
+        part = utils.count_flops(rnet, policy, agent, size).mean().item()
+        print(f"batch {num_images}: FLOPs allow {full / part:.2f} times")
+        policy = policy.to(device)
+        ways = ways_to_run(rnet, agent, images, policy, precisions)
+        medians = {}
+        for name, function in ways.items():
+            time = utils.measure(function, device, args.seconds)
+            medians[name] = time.median
+            quartiles = f"{1000 * time.low:.2f} to {1000 * time.high:.2f}"
+            print(f"  {name:22} {1000 * time.median:9.2f} ms ({quartiles})", flush=True)
+        best = precisions[-1]
+        pairs = [("plain masked", f"BlockDrop {best}"), (f"sole {best}", f"BlockDrop {best}"),
+                 ("plain sole", "sole fp32")]  # fmt: skip
+        if best != "fp32":
+            pairs.append(("BlockDrop fp32", f"BlockDrop {best}"))
+        for slow, fast in pairs:
+            print(f"  {slow} / {fast}: {medians[slow] / medians[fast]:.2f}")
+        peaks = {name: utils.peak_memory(ways[name], device) for name in ("plain masked", "BlockDrop fp32")}
+        print("  peak memory:", ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
+
+
+if __name__ == "__main__":
+    main()
