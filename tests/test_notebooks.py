@@ -13,6 +13,7 @@ import utils
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
 SOLE = SMALL | {"epochs": 2}
+INFERENCE = SMALL | {"seconds": 0.01, "batch_sizes": [1, 16, 1024]}
 BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "warmup_rnet": 0.5}
 
 
@@ -36,7 +37,7 @@ def printed(tmp_path_factory):
     texts = {
         "rnet_sole": execute("rnet_sole", folder, SOLE),
         "blockdrop_training": execute("blockdrop_training", folder, BLOCKDROP),
-        "blockdrop_inference": execute("blockdrop_inference", folder, SMALL),
+        "blockdrop_inference": execute("blockdrop_inference", folder, INFERENCE),
     }
     return texts, folder
 
@@ -51,6 +52,8 @@ def test_they_print_the_originals_lines(printed):
         ("blockdrop_inference", "Blocks used in avg: "),
         ("blockdrop_inference", "Min blocks: "),
         ("blockdrop_inference", "Testing in ms: "),
+        ("blockdrop_inference", "FLOPs would allow "),
+        ("blockdrop_inference", "the policy network takes "),
     ):
         assert line in texts[name]
 
@@ -109,12 +112,12 @@ def test_the_readmes_main_job_runs(tmp_path):
     notebook = papermill.execute_notebook(
         ROOT / "blockdrop_inference.ipynb",
         tmp_path / "out.ipynb",
-        parameters={"max_images": 100, "data_dir": str(ROOT / "data")},
+        parameters={"max_images": 100, "seconds": 0.01, "data_dir": str(ROOT / "data")},
         cwd=ROOT,
         progress_bar=False,
     )
     text = str(notebook)
-    assert "Distinct policies" in text and "blocks by difficulty" in text
+    assert "Distinct policies" in text and "Break-even in images" in text
 
 
 @pytest.mark.parametrize("epochs_before_kill", [0, 1, 3])
@@ -156,7 +159,7 @@ def test_they_run_on_cifar10(tmp_path, cifar10):
     execute("rnet_sole", tmp_path, SOLE | small)
     execute("blockdrop_training", tmp_path, BLOCKDROP | small)
     assert "The difficulty of R8_C10's images is not known" in execute(
-        "blockdrop_inference", tmp_path, SMALL | small
+        "blockdrop_inference", tmp_path, INFERENCE | small
     )
 
 
@@ -165,7 +168,7 @@ def test_they_run_on_cuda(tmp_path):
     for name, settings in (
         ("rnet_sole", SOLE),
         ("blockdrop_training", BLOCKDROP),
-        ("blockdrop_inference", SMALL),
+        ("blockdrop_inference", INFERENCE),
     ):
         execute(name, tmp_path, settings | {"device": "cuda"})
 

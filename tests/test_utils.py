@@ -1,6 +1,7 @@
 """The toolbox: names, data, statistics, FLOPs, settings that can't be."""
 
 import hashlib
+import sys
 import time
 import urllib.error
 
@@ -259,6 +260,17 @@ def test_flops_agree_with_pytorchs_counter(model, size):
             agent.eval()(image)
             rnet.eval().forward_single(image, policy)
         assert flops.item() == counter.get_total_flops()
+
+
+def test_measuring_finds_the_time_of_a_nap():
+    nap = utils.measure(lambda: time.sleep(0.01), "cpu", seconds=0.1)
+    assert 0.01 <= nap.low <= nap.median <= nap.high < 0.1 and nap.calls >= 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is known on Linux only")
+def test_peak_memory_sees_what_is_gone_again():
+    peak = utils.peak_memory(lambda: torch.ones(2**24).sum(), "cpu")  # 64 MiB
+    assert 0.8 * 2**26 < peak < 1.5 * 2**26
 
 
 def test_seeds():
