@@ -33,12 +33,12 @@ class Prepared:
         self.dtype = dtype
         to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
         self.rnet = fold(rnet).to(**to)
+        self.blocks = _flattened(self.rnet)
         self.agent = None
         if agent is not None:
             self.agent = fold(agent).to(**to)
-            for head in (self.agent.logit, self.agent.vnet):
-                head.float()  # they decide in fp32, as in training
-        self.blocks = _flattened(self.rnet)
+            self.agent.logit.float()  # it decides in fp32, as in training
+            self.agent_blocks = _flattened(self.agent.features)
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,17 +52,22 @@ class Prepared:
         if policy is not None:
             kept = self._checked(policy, len(x))
         elif self.agent is not None:
-            policy = greedy_policy(self.agent(x)[0])
+            policy = self._decide(x)
             kept = policy.cpu().bool()
         else:
-            kept = torch.ones(len(x), len(self.blocks), dtype=torch.bool)
+            return self.rnet.classify(_all_blocks(self.blocks, self.rnet.seed(x))).float()
         logits = self._run(self.rnet.seed(x), kept, 0)
         return logits if self.agent is None else (logits, policy)
 
     @torch.inference_mode()
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K) for images (N, 3, H, W)."""
-        return greedy_policy(self.agent(self._input(x))[0])
+        return self._decide(self._input(x))
+
+    def _decide(self, x: Tensor) -> Tensor:
+        features = self.agent.features
+        x = features.classify(_all_blocks(self.agent_blocks, features.seed(self.agent.view(x))))
+        return greedy_policy(torch.sigmoid(self.agent.logit(x.float())))
 
     @torch.inference_mode()
     def under_each(self, x: Tensor, policies: Sequence[Tensor]) -> list[Tensor]:
@@ -125,16 +130,16 @@ class Prepared:
             counts = kept.sum(0).tolist()
             keeping = kept.t().nonzero()[:, 1].to(x.device).split(counts)
         for k in range(first, last):
-            shortcut, residual_branch = self.blocks[k]
+            shortcut, branch = self.blocks[k]
+            passed = x if shortcut is None else shortcut(x)
             if counts[k] == 0:
-                x = shortcut(x) if shortcut is not None else x
+                x = passed
             elif counts[k] == len(x):
-                x = residual_branch(x, shortcut(x) if shortcut is not None else x)
+                x = branch(x, passed)
             else:
                 images = keeping[k]
-                chosen = _rows(x, images)
-                x = shortcut(x) if shortcut is not None else x
-                out = residual_branch(chosen, chosen if shortcut is None else _rows(x, images))
+                out = branch(_rows(x, images), _rows(passed, images))
+                x = passed
                 _channels_last(x).index_copy_(0, images, _channels_last(out))
         return x
 
@@ -150,6 +155,13 @@ def _flattened(rnet: FlatResNet) -> list[tuple[nn.Module | None, Callable[[Tenso
         convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
         blocks.append((None if isinstance(shortcut, nn.Identity) else shortcut, _branch(convs)))
     return blocks
+
+
+def _all_blocks(blocks: list, x: Tensor) -> Tensor:
+    """Run every block."""
+    for shortcut, branch in blocks:
+        x = branch(x, x if shortcut is None else shortcut(x))
+    return x
 
 
 def _branch(convs: list[nn.Conv2d]) -> Callable[[Tensor, Tensor], Tensor]:

@@ -31,8 +31,12 @@ class Policy(nn.Module):
         """K, the number of blocks that the policy decides on."""
         return self.logit.out_features
 
+    def view(self, x: Tensor) -> Tensor:
+        """Return the images (N, 3, H, W) as the policy network looks at them."""
+        return x
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features.forward_full(x)
+        features = self.features.forward_full(self.view(x))
         # In bf16 a probability would be 1, and its gradient 0, from 0.998 on: the heads don't use it.
         with torch.autocast(x.device.type, enabled=False):
             features = features.to(self.logit.weight.dtype)
@@ -55,8 +59,8 @@ class Policy224(Policy):
     def __init__(self, layer_config: Sequence[int] = (1, 1, 1, 1), num_blocks: int = 33):
         super().__init__(FlatResNet224(BasicBlock, layer_config), num_blocks)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(F.avg_pool2d(x, 2))
+    def view(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, 2)
 
 
 def greedy_policy(probs: Tensor) -> Tensor:
