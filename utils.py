@@ -2,13 +2,13 @@
 
 import copy
 import hashlib
-import logging
 import math
 import os
 import pickle
 import platform
 import re
 import time
+import timeit
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -495,23 +495,37 @@ class Time(NamedTuple):
     calls: int
 
 
-def measure(function: Callable[[], object], device: torch.device | str, seconds: float = 0.5) -> Time:
-    """Time a function on a device: warmed up, synchronized, repeated for about so many seconds.
+def measure(
+    functions: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    seconds: float = 0.5,
+    rounds: int = 5,
+) -> dict[str, Time]:
+    """Time functions against each other on a device; return each one's time by its name.
 
-    Data should lie on the device already. Quartiles are those of PyTorch's benchmark's blocks of
-    calls. Source: `torch.utils.benchmark`.
+    They take turns, `rounds` times, so that a machine that gets slower or faster is the same for
+    all; each is warmed up, waited for after every call, and gets about `seconds` in all, one call
+    a round at least. Median and quartiles are those of the rounds. Data should lie on the device
+    already.
     """
-    # Imported here because it has a word to say about CUDA's compiler, of no use to anyone here.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    from torch.utils.benchmark import Timer
-
-    timer = Timer("function()", globals={"function": function}, num_threads=torch.get_num_threads())
-    timer.timeit(2)
-    synchronize(device)
-    measurement = timer.blocked_autorange(min_run_time=seconds)
-    low, high = np.quantile(measurement.times, [0.25, 0.75])
-    calls = measurement.number_per_run * len(measurement.times)
-    return Time(measurement.median, float(low), float(high), calls)
+    # Not `torch.utils.benchmark`: it warms up in every turn anew, too slow for calls of seconds.
+    names = {"synchronize": synchronize, "device": device}
+    timers = {
+        name: timeit.Timer("function(); synchronize(device)", globals=names | {"function": function})
+        for name, function in functions.items()
+    }
+    number = {}  # calls a round
+    for name, timer in timers.items():
+        timer.timeit(1)
+        number[name] = max(1, round(seconds / rounds / timer.timeit(1)))
+    times: dict[str, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(number[name]) / number[name])
+    return {
+        name: Time(*(float(np.quantile(times[name], q)) for q in (0.5, 0.25, 0.75)), rounds * number[name])
+        for name in timers
+    }
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str) -> float:

@@ -68,10 +68,9 @@ def main() -> None:
         print(f"batch {num_images}: FLOPs allow {full / part:.2f} times")
         policy = policy.to(device)
         ways = ways_to_run(rnet, agent, images, policy, precisions)
-        medians = {}
-        for name, function in ways.items():
-            time = utils.measure(function, device, args.seconds)
-            medians[name] = time.median
+        times = utils.measure(ways, device, args.seconds)
+        medians = {name: time.median for name, time in times.items()}
+        for name, time in times.items():
             quartiles = f"{1000 * time.low:.2f} to {1000 * time.high:.2f}"
             print(f"  {name:22} {1000 * time.median:9.2f} ms ({quartiles})", flush=True)
         best = precisions[-1]

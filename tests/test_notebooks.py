@@ -14,7 +14,13 @@ import utils
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
 SOLE = SMALL | {"epochs": 2}
 INFERENCE = SMALL | {"seconds": 0.01, "batch_sizes": [1, 16, 1024]}
-BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "warmup_rnet": 0.5}
+BLOCKDROP = SMALL | {
+    "max_epochs_training": 2,
+    "max_epochs_finetuning": 2,
+    "cl_pace": 3,
+    "warmup_rnet": 0.5,
+    "warmup_policy": 0.5,
+}
 
 
 def execute(name, folder, settings):
@@ -80,7 +86,7 @@ def test_they_write_their_checkpoints(printed):
         assert (path.parent / "tensorboard").is_dir()
         content = utils.read_checkpoint(path)
         assert content["seconds"] > 0 and len(content["history"]) == content["epoch"] == 2
-    pair = utils.read_checkpoint(found[2][0][0])
+    pair = utils.read_checkpoint(found[2][0])
     assert pair["policy_seconds"] > 0 and {"resnet", "agent"} <= pair.keys()
 
 
@@ -185,6 +191,7 @@ def test_they_run_on_cuda(tmp_path):
         ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
         ("blockdrop_training", {"penalty": 1}, "-penalty is -1, expected a number, 0 or more"),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
+        ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
         ("rnet_sole", {"max_images": 1}, "leaves one part empty"),
         ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),
