@@ -1,6 +1,7 @@
 """The notebooks' toolbox: model names, data, checkpoints, training runs, statistics, time."""
 
 import copy
+import ctypes
 import hashlib
 import math
 import os
@@ -531,8 +532,8 @@ def measure(
 def peak_memory(function: Callable[[], object], device: torch.device | str) -> float:
     """Return the bytes that a call of `function` holds at its peak, beyond what is held before it.
 
-    On CUDA what PyTorch allocates; on the CPU what the process resides in, known on Linux only:
-    elsewhere `nan`.
+    On CUDA what PyTorch allocates; on the CPU what the process resides in, known on Linux with the
+    GNU C library only: elsewhere `nan`.
     """
     if torch.device(device).type == "cuda":
         before = torch.cuda.memory_allocated(device)
@@ -540,12 +541,14 @@ def peak_memory(function: Callable[[], object], device: torch.device | str) -> f
         function()
         return torch.cuda.max_memory_allocated(device) - before
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if clear.exists() else None
+    if give_back is None:
         return math.nan
 
     def kibibytes(field: str) -> int:
         return int(re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1])
 
+    give_back(0)  # what is free but still resides would be used again, unseen
     clear.write_text("5")  # proc(5): the peak starts anew from what resides now
     before = kibibytes("VmRSS")
     function()
