@@ -48,6 +48,7 @@ __all__ = [
     "autocast",
     "build_model",
     "check",
+    "check_warmup",
     "choose_device",
     "choose_precision",
     "count_flops",
@@ -438,15 +439,18 @@ def choose_device(device: str = "auto") -> torch.device:
     return torch.device(device)
 
 
-def choose_precision(precision: str, device: torch.device) -> str:
-    """Return "fp32" or "bf16", whichever is asked for; for "auto", the faster one on the device.
+def choose_precision(
+    precision: str, device: torch.device, allowed: Sequence[str] = ("fp32", "bf16")
+) -> str:
+    """Return the precision that is asked for; for "auto", the faster one of fp32 and bf16 on the device.
 
-    That is bf16 on CUDA GPUs and CPUs that have instructions for it. ValueError for another name.
+    That is bf16 on CUDA GPUs and CPUs that have instructions for it. ValueError for one that is not
+    among the `allowed`.
     """
-    if precision in ("fp32", "bf16"):
+    if precision in allowed:
         return precision
     if precision != "auto":
-        raise ValueError(f'unknown precision {precision!r}: expected "auto", "fp32" or "bf16"')
+        raise ValueError(f"unknown precision {precision!r}: expected one of auto, {', '.join(allowed)}")
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -474,7 +478,7 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def machine(device: torch.device | str) -> str:
-    """Describe what numbers were measured on: the device, threads on a CPU, PyTorch's version."""
+    """Describe what figures were measured on: the device, threads on a CPU, PyTorch's version."""
     device = torch.device(device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -572,16 +576,21 @@ def one_cycle(
 ) -> torch.optim.lr_scheduler.OneCycleLR:
     """Return the schedule that raises the learning rate to `lr`, then lowers it to 0, by cosines.
 
-    `warmup`: the share of the `steps` in which it rises. ValueError where that is under 2 steps.
+    `warmup`: the share of the `steps` in which it rises. ValueError as in `check_warmup`.
     """
+    check_warmup(warmup, steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
+    )
+
+
+def check_warmup(warmup: float, steps: int) -> None:
+    """Check that a warm-up, a share of the steps, is 2 steps or more and ends before the last. ValueError."""
     if not 2 <= warmup * steps < steps:
         raise ValueError(
             f"warmup is {warmup} of {steps} steps, expected 2 steps or more and a share below 1: "
             "choose another share, or train longer"
         )
-    return torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
-    )
 
 
 class TrainingRun:
@@ -682,24 +691,31 @@ class TrainingRun:
             yield batch
             self.bar.update(1 / len(loader))
 
-    def end_epoch(self, epoch: int, **figures: float) -> None:
-        """Record an epoch's figures in history and TensorBoard, save the state, print the line."""
-        figures = {name: float(value) for name, value in figures.items()}
+    def end_epoch(self, epoch: int, **figures: float | Sequence[float]) -> None:
+        """Record an epoch's figures in history and TensorBoard, save the state, print the line.
+
+        A figure is a number, or a number for each block.
+        """
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         for name, value in figures.items():
-            self.writer.add_scalar(name, value, epoch)
+            if isinstance(value, Sequence):
+                for block, part in enumerate(value):
+                    self.writer.add_scalar(f"{name}/{block}", part, epoch)
+            else:
+                self.writer.add_scalar(name, value, epoch)
         parts = {name: part.state_dict() for name, part in self.progress.items()}
         save_checkpoint(self.last, self.state() | parts)
         print(self.line.format(**self.history[-1]))
 
     def state(self) -> dict:
-        """Return what a checkpoint of this run should hold: weights, history, settings, seconds."""
+        """Return what a checkpoint of this run should hold: weights, history, settings, seconds, machine."""
         return {name: network.state_dict() for name, network in self.networks.items()} | {
             "epoch": len(self.history),
             "history": self.history,
             "settings": self.settings,
             "seconds": self.seconds,
+            "machine": machine(next(next(iter(self.networks.values())).parameters()).device),
         }
 
 

@@ -1,8 +1,10 @@
 """The ways to run a ResNet under a policy, fast: prepared once, dropped blocks not computed."""
 
+import contextlib
 import copy
+import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +14,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from models.policy import Policy, greedy_policy
 from models.resnet import FlatResNet
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# TF32 holds fp32 values and multiplies them with 10 bits of mantissa, on CUDA GPUs.
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -29,9 +32,9 @@ def fold(network: nn.Module) -> nn.Module:
 class Prepared:
     """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
 
-    def __init__(self, rnet: FlatResNet, agent: Policy | None, dtype: torch.dtype, device: torch.device):
-        self.dtype = dtype
-        to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
+    def __init__(self, rnet: FlatResNet, agent: Policy | None, precision: str, device: torch.device):
+        self.precision, self.dtype, self.device = precision, DTYPES[precision], device
+        to = {"dtype": self.dtype, "device": device, "memory_format": torch.channels_last}
         self.rnet = fold(rnet).to(**to)
         self.blocks = _flattened(self.rnet)
         self.agent = None
@@ -39,67 +42,113 @@ class Prepared:
             self.agent = fold(agent).to(**to)
             self.agent.logit.float()  # it decides in fp32, as in training
             self.agent_blocks = _flattened(self.agent.features)
+        self.single: dict[torch.Size, _SingleImage | None] = {}  # by the image's shape
+        self.note = "eager"
 
-    @torch.inference_mode()
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
         `policy`: run this one instead of the agent's. Alone and without one, every block is kept.
-        ValueError for a policy of another shape or with values other than 0 and 1, and for images
-        on another device.
+        ValueError for a policy of another shape or with values other than 0 and 1, and for anything
+        but RGB images on the network's device.
         """
-        x = self._input(x)
-        if policy is not None:
-            kept = self._checked(policy, len(x))
-        elif self.agent is not None:
-            policy = self._decide(x)
-            kept = policy.cpu().bool()
-        else:
-            return self.rnet.classify(_all_blocks(self.blocks, self.rnet.seed(x))).float()
-        logits = self._run(self.rnet.seed(x), kept, 0)
-        return logits if self.agent is None else (logits, policy)
+        with self._mode():
+            x = self._input(x)
+            if policy is not None:
+                kept = self._checked(policy, len(x))
+            single = self._single(x)
+            if policy is None:
+                if self.agent is None:
+                    return single.alone(x) if single else self._alone(x)
+                policy = single.decide(x) if single else self._decide(x)
+                kept = policy.cpu().bool()
+            logits = single.under(x, kept) if single else self._under(self.rnet.seed(x), kept, 0)
+            return logits if self.agent is None else (logits, policy)
 
-    @torch.inference_mode()
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K) for images (N, 3, H, W)."""
-        return self._decide(self._input(x))
+        with self._mode():
+            x = self._input(x)
+            single = self._single(x)
+            return single.decide(x) if single else self._decide(x)
 
-    def _decide(self, x: Tensor) -> Tensor:
-        features = self.agent.features
-        x = features.classify(_all_blocks(self.agent_blocks, features.seed(self.agent.view(x))))
-        return greedy_policy(torch.sigmoid(self.agent.logit(x.float())))
+    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits and policy as a call does, but compute every block and hide what is dropped."""
+        with self._mode():
+            x = self._input(x)
+            policy = self._decide(x)
+            return self.rnet(x, policy).float(), policy
 
-    @torch.inference_mode()
     def under_each(self, x: Tensor, policies: Sequence[Tensor]) -> list[Tensor]:
         """Return the logits (N, classes) of images (N, 3, H, W) under each of several policies (N, K).
 
         What they share is computed once: the first blocks, as far as all of them keep those for
         every image, and images for which a policy is the same as the first one.
         """
-        x = self._input(x)
-        kept = [self._checked(policy, len(x)) for policy in policies]
-        kept_by_all = torch.stack(kept).all(0).all(0).tolist()
-        shared = [*kept_by_all, False].index(False)
-        x = self._blocks(self.rnet.seed(x), kept[0], 0, shared)
-        differs = [(other != kept[0]).any(1).nonzero().flatten() for other in kept[1:]]
-        rows = torch.cat([torch.arange(len(x)), *differs])
-        policy = torch.cat([kept[0], *(p[i] for p, i in zip(kept[1:], differs, strict=True))])
-        logits = self._run(_rows(x, rows.to(x.device)), policy, shared)
-        first, *others = logits.split([len(x), *map(len, differs)])
-        return [
-            first,
-            *(
-                first.index_copy(0, index.to(first.device), other)
-                for index, other in zip(differs, others, strict=True)
-            ),
-        ]
+        with self._mode():
+            x = self._input(x)
+            kept = [self._checked(policy, len(x)) for policy in policies]
+            kept_by_all = torch.stack(kept).all(0).all(0).tolist()
+            shared = [*kept_by_all, False].index(False)
+            x = self._blocks(self.rnet.seed(x), kept[0], 0, shared)
+            differs = [(other != kept[0]).any(1).nonzero().flatten() for other in kept[1:]]
+            rows = torch.cat([torch.arange(len(x)), *differs])
+            policy = torch.cat([kept[0], *(p[i] for p, i in zip(kept[1:], differs, strict=True))])
+            logits = self._under(_rows(x, rows.to(x.device)), policy, shared)
+            first, *others = logits.split([len(x), *map(len, differs)])
+            return [
+                first,
+                *(
+                    first.index_copy(0, index.to(first.device), other)
+                    for index, other in zip(differs, others, strict=True)
+                ),
+            ]
+
+    @contextlib.contextmanager
+    def _mode(self) -> Iterator[None]:
+        """No gradients; on CUDA, fp32 in full or as TF32, whatever the process has chosen."""
+        with torch.inference_mode():
+            if self.device.type != "cuda":
+                yield
+                return
+            backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+            before = [backend.fp32_precision for backend in backends]
+            for backend in backends:
+                backend.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+            try:
+                yield
+            finally:
+                for backend, precision in zip(backends, before, strict=True):
+                    backend.fp32_precision = precision
 
     def _input(self, x: Tensor) -> Tensor:
         """Return images in the network's precision and memory format."""
-        device = self.rnet.fc.weight.device
-        if x.device != device:
-            raise ValueError(f"the images are on {x.device}, the network on {device}: move one of them")
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, 3, H, W)")
+        if x.device != self.rnet.fc.weight.device:
+            raise ValueError(f"the images are on {x.device}, the network on {self.device}: move one of them")
         return x.to(self.dtype, memory_format=torch.channels_last)
+
+    def _single(self, x: Tensor) -> "_SingleImage | None":
+        """Return the captured form for one image on CUDA; where capture fails, None, and a note says why."""
+        if len(x) != 1 or self.device.type != "cuda":
+            return None
+        if x.shape not in self.single:
+            try:
+                self.single[x.shape] = _SingleImage(self, x, _captured(torch.cuda.graph_pool_handle()))
+                self.note = "CUDA graphs"
+            except RuntimeError as error:
+                self.single[x.shape] = None
+                self.note = f"eager, because CUDA graphs failed: {error}"
+        return self.single[x.shape]
+
+    def _alone(self, x: Tensor) -> Tensor:
+        return self.rnet.classify(_all_blocks(self.blocks, self.rnet.seed(x))).float()
+
+    def _decide(self, x: Tensor) -> Tensor:
+        features = self.agent.features
+        x = features.classify(_all_blocks(self.agent_blocks, features.seed(self.agent.view(x))))
+        return greedy_policy(torch.sigmoid(self.agent.logit(x.float())))
 
     def _checked(self, policy: Tensor, num_images: int) -> Tensor:
         """Return the policy as booleans on the host."""
@@ -114,7 +163,8 @@ class Prepared:
             raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
         return policy.bool()
 
-    def _run(self, x: Tensor, kept: Tensor, first: int) -> Tensor:
+    def _under(self, x: Tensor, kept: Tensor, first: int) -> Tensor:
+        """Run what follows block `first` - 1 on the images that keep it; return logits."""
         x = self._blocks(x, kept, first, len(self.blocks))
         return self.rnet.classify(x).float()
 
@@ -142,6 +192,106 @@ class Prepared:
                 x = passed
                 _channels_last(x).index_copy_(0, images, _channels_last(out))
         return x
+
+
+class _SingleImage:
+    """A prepared network for one image, as steps that are captured once and chained by a policy.
+
+    Every step reads and writes tensors that stay where they are, as CUDA graphs need it: a dropped
+    block leaves its tensor alone, or, where the shape changes, runs its shortcut.
+    `capture` turns a function into one that does the same again. RuntimeError where that fails.
+    """
+
+    def __init__(self, net: Prepared, image: Tensor, capture: Callable[[Callable], Callable]):
+        def step(target: Tensor, function: Callable[..., Tensor], *args: Tensor) -> Callable:
+            return capture(lambda: target.copy_(function(*args)))
+
+        rnet = net.rnet
+        self.image = image.clone(memory_format=torch.channels_last)
+        x = rnet.seed(self.image)
+        self.seed = step(x, rnet.seed, self.image)
+        self.states = [x]  # to be held: a graph doesn't hold the memory it was captured with
+        self.kept, self.dropped = [], []
+        for shortcut, branch in net.blocks:
+            if shortcut is None:
+                self.kept.append(step(x, branch, x, x))
+                self.dropped.append(None)
+            else:
+                passed = shortcut(x)
+                self.kept.append(step(passed, functools.partial(_shape_changing, shortcut, branch), x))
+                self.dropped.append(step(passed, shortcut, x))
+                x = passed
+                self.states.append(x)
+        self.logits = rnet.classify(x).float()
+        self.classify = step(self.logits, rnet.classify, x)
+        if net.agent is None:
+            self.all = step(self.logits, net._alone, self.image)
+        else:
+            self.policy = net._decide(self.image)
+            self.decision = step(self.policy, net._decide, self.image)
+        self._compare_with(net, image)
+
+    def _compare_with(self, net: Prepared, image: Tensor) -> None:
+        """Raise RuntimeError where the steps don't give what the network gives without capture."""
+        pairs = [(self.alone(image), net._alone(image))] if net.agent is None else []
+        for first in (0, 1):  # every second block
+            kept = torch.arange(first, first + len(self.kept))[None] % 2 == 0
+            pairs.append((self.under(image, kept), net._under(net.rnet.seed(image), kept, 0)))
+        for ours, expected in pairs:
+            if not torch.linalg.norm(ours - expected) <= 0.01 * torch.linalg.norm(expected):
+                raise RuntimeError("the captured steps gave other logits")
+        if net.agent is not None and not torch.equal(self.decide(image), net._decide(image)):
+            raise RuntimeError("the captured steps gave another policy")
+
+    def alone(self, image: Tensor) -> Tensor:
+        """Return logits (1, classes), every block kept."""
+        self.image.copy_(image)
+        self.all()
+        return self.logits.clone()
+
+    def decide(self, image: Tensor) -> Tensor:
+        """Return the agent's policy (1, K)."""
+        self.image.copy_(image)
+        self.decision()
+        return self.policy.clone()
+
+    def under(self, image: Tensor, kept: Tensor) -> Tensor:
+        """Return logits (1, classes) under a policy (1, K) of booleans on the host."""
+        self.image.copy_(image)
+        self.seed()
+        for keeps, keep, drop in zip(kept[0].tolist(), self.kept, self.dropped, strict=True):
+            if keeps:
+                keep()
+            elif drop is not None:
+                drop()
+        self.classify()
+        return self.logits.clone()
+
+
+def _shape_changing(shortcut: nn.Module, branch: Callable, x: Tensor) -> Tensor:
+    return branch(x, shortcut(x))
+
+
+def _captured(pool: tuple) -> Callable[[Callable], Callable]:
+    """Return what turns a function without arguments into a CUDA graph's replay.
+
+    The graphs share their scratch memory, so they may run one after the other alone.
+    Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
+    """
+
+    def capture(function: Callable) -> Callable:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up on first use, which can't be captured
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            function()
+        return graph.replay
+
+    return capture
 
 
 def _flattened(rnet: FlatResNet) -> list[tuple[nn.Module | None, Callable[[Tensor, Tensor], Tensor]]]:
@@ -193,12 +343,22 @@ def prepare(
 ) -> Prepared:
     """Return `rnet`, alone or under `agent`, made ready for inference; both stay untouched.
 
-    Batch norm folded, channels last, weights in `precision` ("fp32", "bf16" or "fp16") on `device`
-    (None: where `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits and
-    policy (N, K). Any batch size; blocks are computed for the images that keep them and no others.
-    ValueError for an unknown precision.
+    Batch norm folded, channels last, weights in `precision` ("fp32", "tf32", "bf16" or "fp16") on
+    `device` (None: where `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits
+    and policy (N, K). Any batch size; blocks are computed for the images that keep them and no
+    others. A single image on CUDA runs as CUDA graphs; `net.note` says so, or why not.
+    ValueError for an unknown precision or one that the device lacks.
     """
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(DTYPES)}")
     device = torch.device(device) if device is not None else rnet.fc.weight.device
-    return Prepared(rnet, agent, DTYPES[precision], device)
+    if not _has(device, precision):
+        raise ValueError(f'{device} has no {precision}: choose precision "fp32"')
+    return Prepared(rnet, agent, precision, device)
+
+
+def _has(device: torch.device, precision: str) -> bool:
+    """Tell whether a device computes in a precision, be it slowly."""
+    if precision == "tf32":
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return True

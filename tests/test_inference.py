@@ -80,6 +80,41 @@ def test_bottlenecks_and_their_shortcuts_fold(networks):
     )
 
 
+@torch.no_grad()
+def test_steps_for_one_image_are_the_masked_forward(networks):
+    """What CUDA captures, without CUDA: the steps are run instead of replayed."""
+    rnet, agent = networks
+    agent.logit.bias.data.uniform_(-1, 1)
+    image = torch.rand(1, 3, 32, 32)
+    net = inference.prepare(rnet, agent)
+    with torch.inference_mode():
+        steps = inference._SingleImage(net, image, capture=lambda function: function)
+        for image in torch.rand(3, 1, 3, 32, 32):
+            assert torch.equal(steps.decide(image), net.decide(image))
+            for policy in some_policies(1).values():
+                torch.testing.assert_close(
+                    steps.under(image, policy.bool()), rnet(image, policy), atol=1e-4, rtol=1e-4
+                )
+        alone = inference._SingleImage(inference.prepare(rnet), image, capture=lambda function: function)
+        torch.testing.assert_close(alone.alone(image), rnet.forward_full(image), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_steps_that_go_wrong_are_noticed(networks):
+    net = inference.prepare(networks[0])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="gave other logits"):
+        inference._SingleImage(net, torch.rand(1, 3, 32, 32), capture=lambda function: lambda: None)
+
+
+@torch.no_grad()
+def test_the_masked_way_decides_and_computes_alike(networks):
+    rnet, agent = networks
+    net = inference.prepare(rnet, agent)
+    images = torch.rand(5, 3, 32, 32)
+    for ours, expected in zip(net.masked(images), net(images), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_the_networks_stay_untouched(networks):
     rnet, agent = networks
     rnet.train()
@@ -110,5 +145,9 @@ def test_bad_input(networks):
         net(images, policy=torch.full((2, 9), 0.5))
     with pytest.raises(ValueError, match="the images are on meta, the network on cpu"):
         net(images.to("meta"))
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 32, 32\), expected \(N, 3, H, W\)"):
+        net(images[:, :1])
     with pytest.raises(ValueError, match="unknown precision 'fp8'"):
         inference.prepare(rnet, agent, precision="fp8")
+    with pytest.raises(ValueError, match="cpu has no tf32"):
+        inference.prepare(rnet, agent, precision="tf32")
