@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from models.distributed import rank, wait_for_all
+
 # Classes in the original's files beside tensors: parsed arguments, and NumPy numbers under the
 # names that they had before and after NumPy 2.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -37,9 +39,17 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`; return the path.
 
     The file appears under its name only when it is complete: a killed run or a full disk leaves
-    what stood there before. RuntimeError where it can't be written.
+    what stood there before. Where several processes train together, the first one writes.
+    RuntimeError where it can't be written.
     """
     path = Path(path)
+    if rank() == 0:
+        _write(path, state)
+    wait_for_all()
+    return path
+
+
+def _write(path: Path, state: dict) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +70,6 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.remove(temporary)
-    return path
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:

@@ -84,12 +84,15 @@ class FlatResNet(nn.Module):
         """Pool the last block's output and return logits (N, classes)."""
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
-    def forward(self, x: Tensor, policy: Tensor) -> Tensor:
+    def forward(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under a policy (N, K) each.
 
         Masked: every block is computed for every image and hidden where the policy drops it. Fit
-        for training and for checking; it saves no time. ValueError for a policy of another shape.
+        for training and for checking; it saves no time. Without a policy every block is kept.
+        ValueError for a policy of another shape.
         """
+        if policy is None:
+            return self.forward_full(x)
         if policy.shape != (len(x), self.num_blocks):
             raise ValueError(
                 f"policy has shape {tuple(policy.shape)}, expected {(len(x), self.num_blocks)}: "

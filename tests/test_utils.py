@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from models import syn
+from models import names, syn
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_held_out_images_are_always_the_same_and_not_augmented():
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch):
     """A stand-in with 2 classes."""
-    monkeypatch.setitem(utils.NUM_CLASSES, "ImgNet", 2)
+    monkeypatch.setitem(names.NUM_CLASSES, "ImgNet", 2)
     for part in ("train", "val"):
         for label in ("cat", "dog"):
             folder = tmp_path / part / label
@@ -189,7 +189,7 @@ def test_imagenet_with_other_classes(imagenet, monkeypatch):
     (imagenet / "val" / "dog").rename(imagenet / "val" / "fox")
     with pytest.raises(ValueError, match="don't have the same class folders"):
         utils.get_dataset("R50_ImgNet", imagenet)
-    monkeypatch.setitem(utils.NUM_CLASSES, "ImgNet", 1000)
+    monkeypatch.setitem(names.NUM_CLASSES, "ImgNet", 1000)
     with pytest.raises(ValueError, match=r"has 2 class folders, expected ImageNet's 1000"):
         utils.get_dataset("R50_ImgNet", imagenet)
 

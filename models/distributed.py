@@ -1,0 +1,88 @@
+"""Several processes, one training: PyTorch's `torchrun` starts them, this is what they share.
+
+Everything here does nothing, or the plain thing, in a process that runs alone.
+"""
+
+import atexit
+import inspect
+import os
+import sys
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from models.policy import Policy
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the other processes where `torchrun` started this one; only the first goes on printing.
+
+    NCCL connects GPUs, gloo CPUs. What torchrun says stands in its environment variables.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    atexit.register(dist.destroy_process_group)
+    if rank() > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def rank() -> int:
+    """Return this process's number; 0 is the one that writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def num_processes() -> int:
+    """Return how many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def parallel(network: nn.Module) -> nn.Module:
+    """Return what to call in training: the network, its gradients averaged over the processes."""
+    if not dist.is_initialized():
+        return network
+    # Batch norm's running statistics are averaged after each epoch, see `average_statistics`.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    if isinstance(network, Policy):
+        network.vnet.requires_grad_(False)  # no loss uses it, and gradients that never come are waited for
+    return DistributedDataParallel(network, **{buffers: False})
+
+
+def average_statistics(networks: Iterable[nn.Module]) -> None:
+    """Set batch norm's running statistics to their mean over the processes."""
+    if not dist.is_initialized():
+        return
+    for network in networks:
+        for buffer in network.buffers():
+            if buffer.is_floating_point():
+                dist.all_reduce(buffer)
+                buffer /= num_processes()
+
+
+def total(value: Tensor) -> Tensor:
+    """Return the sum of a tensor over the processes."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, the first process's first; each may have another number."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * num_processes()
+    dist.all_gather_object(parts, rows.cpu())
+    return torch.cat(parts).to(rows.device)
+
+
+def wait_for_all() -> None:
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,200 @@
+"""The bookkeeping of a training: schedules, resuming, history, curves."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import tensorboardX
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from models.data import Loader
+from models.distributed import average_statistics, rank, total
+from models.machine import machine, mixed, seed_everything
+
+
+def one_cycle(
+    optimizer: torch.optim.Optimizer, lr: float, steps: int, warmup: float
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    """Return the schedule that raises the learning rate to `lr`, then lowers it to 0, by cosines.
+
+    `warmup`: the share of the `steps` in which it rises. ValueError as in `check_warmup`.
+    """
+    check_warmup(warmup, steps)
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, total_steps=steps, pct_start=warmup, cycle_momentum=False
+    )
+
+
+def check_warmup(warmup: float, steps: int) -> None:
+    """Check that a warm-up, a share of the steps, is 2 steps or more and ends before the last. ValueError."""
+    if not 2 <= warmup * steps < steps:
+        raise ValueError(
+            f"warmup is {warmup} of {steps} steps, expected 2 steps or more and a share below 1: "
+            "choose another share, or train longer"
+        )
+
+
+def fits_memory(function: Callable) -> Callable:
+    """Decorate a training function: a GPU too small for the batch is reported as RuntimeError."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise RuntimeError(
+                "this GPU's memory is too small for the batch: lower batch_size, or use more GPUs"
+            ) from error
+
+    return run
+
+
+class TrainingRun:
+    """The bookkeeping of a training: resuming, history, TensorBoard curves, seconds.
+
+        line = "Epoch: {epoch} - Loss: {loss:.3f}"
+        run = TrainingRun(folder, settings, {"agent": agent}, {"optimizer": optimizer}, epochs, line)
+        for epoch in run:
+            for inputs, labels in run.batches(trainloader):
+                ...
+            run.end_epoch(epoch, loss=..., accuracy=...)
+
+    After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same
+    settings goes on from there, to the same result as one that was never interrupted: the random
+    generators are seeded anew, from seed and epoch, as each epoch starts. A finished run of the
+    same settings has no epochs left; one of other settings is replaced by the new run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        settings: Mapping[str, object],
+        networks: Mapping[str, nn.Module],
+        progress: Mapping[str, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler],
+        epochs: int,
+        line: str,
+        resume: bool = True,
+        seconds: float = 0.0,
+    ):
+        """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
+        is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
+        `line`: what is printed of an epoch, a format string of the figures in the history.
+        `seconds`: what the training took that this one builds on.
+
+        ValueError for an unfinished run of other settings in `folder`: it would be lost.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}, expected 1 or more")
+        self.folder, self.epochs, self.line = Path(folder), epochs, line
+        self.settings = dict(settings) | {"epochs": epochs}
+        self.networks, self.progress = dict(networks), dict(progress)
+        self.history: list[dict[str, float | list[float]]] = []
+        self.seconds = seconds
+        self.last = self.folder / "last.t7"
+        if resume and self.last.is_file():
+            self._resume()
+
+    def _resume(self) -> None:
+        state = read_checkpoint(self.last)
+        if not {"history", "settings", "seconds", *self.progress} <= state.keys():
+            raise CheckpointError(
+                f"{self.last} is not the state of a run like this one: move it away, or set resume = False"
+            )
+        before = state["settings"]
+        changed = [
+            f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
+            for key in sorted(before.keys() | self.settings.keys())
+            if before.get(key) != self.settings.get(key)
+        ]
+        if changed and len(state["history"]) < before["epochs"]:
+            raise ValueError(
+                f"{self.last} holds an unfinished run of other settings ({', '.join(changed)}): "
+                "set them back to go on with it, or move it away or set resume = False to start afresh"
+            )
+        if changed:
+            print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
+            return
+        load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
+        self.history, self.seconds = state["history"], state["seconds"]
+        left = self.epochs - len(self.history)
+        if left:
+            for name, part in self.progress.items():
+                part.load_state_dict(state[name])
+        print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
+        for row in self.history:
+            print(self.line.format(**row))
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the epochs that are left, counted from 0, under one progress bar."""
+        done = len(self.history)
+        if done == self.epochs:
+            return
+        layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
+        with (
+            tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar,
+            tensorboardX.SummaryWriter(
+                str(self.folder / "tensorboard"), purge_step=done, write_to_disk=rank() == 0
+            ) as self.writer,
+        ):
+            for epoch in range(done, self.epochs):
+                seed_everything(self.settings["seed"], epoch, rank())
+                self.epoch = epoch
+                self.started = time.perf_counter()
+                yield epoch
+                self.bar.n = epoch + 1
+                self.bar.refresh()
+
+    def batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the loader's batches, in this epoch's order; the progress bar moves along."""
+        loader.generator.manual_seed(mixed(self.settings["seed"], self.epoch))
+        for step, batch in enumerate(loader, start=1):
+            yield batch
+            # Not by 1 / len(loader): the rounding errors would add up to more than an epoch.
+            self.bar.update(self.epoch + step / len(loader) - self.bar.n)
+        average_statistics(self.networks.values())
+
+    def mean_loss(self, losses: Sequence[Tensor], loader: Loader) -> float:
+        """Return the mean over the loader's images of the losses (), each a batch's sum.
+
+        RuntimeError where one is not finite; `last.t7` still holds the epoch before.
+        """
+        losses = total(torch.stack(list(losses)))
+        if not (finite := losses.isfinite()).all():
+            step = finite.logical_not().nonzero()[0].item()
+            raise RuntimeError(
+                f"the loss is not finite from step {step} of epoch {self.epoch} on: lower the learning "
+                f"rate, and run again to go on after the last good epoch, or with resume = False"
+            )
+        return losses.sum().item() / loader.num_images
+
+    def end_epoch(self, epoch: int, **figures: float | Sequence[float]) -> None:
+        """Record an epoch's figures in history and TensorBoard, save the state, print the line.
+
+        A figure is a number, or a number for each block.
+        """
+        self.seconds += time.perf_counter() - self.started
+        self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
+        for name, value in figures.items():
+            if isinstance(value, Sequence):
+                for block, part in enumerate(value):
+                    self.writer.add_scalar(f"{name}/{block}", part, epoch)
+            else:
+                self.writer.add_scalar(name, value, epoch)
+        parts = {name: part.state_dict() for name, part in self.progress.items()}
+        save_checkpoint(self.last, self.state() | parts)
+        print(self.line.format(**self.history[-1]))
+
+    def state(self) -> dict:
+        """Return what a checkpoint of this run should hold: weights, history, settings, seconds, machine."""
+        return {name: network.state_dict() for name, network in self.networks.items()} | {
+            "epoch": len(self.history),
+            "history": self.history,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "machine": machine(next(next(iter(self.networks.values())).parameters()).device),
+        }

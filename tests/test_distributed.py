@@ -1,0 +1,138 @@
+"""Several processes train as one does: the exported notebooks under torchrun, on CPUs."""
+
+import os
+import subprocess
+import sys
+
+import nbconvert
+import papermill
+import pytest
+import torch
+from conftest import ROOT
+
+import utils
+
+SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32}
+SOLE = SMALL | {"epochs": 3}
+BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2, "warmup_rnet": 0.3}
+REPORT = """
+with open(f"weights-{os.environ.get('RANK', 0)}.txt", "w") as file:
+    file.write(utils.fingerprint(rnet))
+"""
+# The second of two processes dies in the second epoch.
+DIES = """
+def dies(self, *args):
+    if self.epoch == 1 and os.environ["RANK"] == "1":
+        os._exit(3)
+    return mean_loss(self, *args)
+
+mean_loss, utils.TrainingRun.mean_loss = utils.TrainingRun.mean_loss, dies
+"""
+# Batch norm in eval mode: nothing but the gradients' average can make a difference.
+STEPS = """
+import sys
+import torch
+import torch.nn.functional as F
+import utils
+
+utils.join_processes(torch.device("cpu"))
+trainset, _ = utils.get_dataset("R8_SYN", sys.argv[1], 80)
+loader = utils.Loader(trainset, 16, "cpu", shuffle=True)
+utils.seed_everything(1)
+rnet, _ = utils.build_model("R8_SYN")
+network = utils.parallel(rnet.eval())
+optimizer = torch.optim.SGD(rnet.parameters(), 0.01)
+losses = []
+for inputs, targets in loader:
+    loss = F.cross_entropy(network(inputs), targets)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(utils.total(loss.detach() * len(targets)) / 16)
+utils.save_checkpoint("steps.t7", {"resnet": rnet.state_dict(), "losses": torch.stack(losses)})
+"""
+
+
+def launch(script, folder, processes, *more):
+    """Run a script under torchrun; return its exit status and what it printed, errors included."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*torchrun, "--nproc_per_node", str(processes), script, *more],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout
+
+
+def export(name, folder, settings):
+    """Write a notebook as a script, as the README says."""
+    settings = settings | {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")}
+    notebook = papermill.execute_notebook(
+        ROOT / f"{name}.ipynb", folder / "out.ipynb", settings, prepare_only=True, progress_bar=False
+    )
+    script, _ = nbconvert.PythonExporter().from_notebook_node(notebook)
+    return script
+
+
+def train(name, folder, settings, processes):
+    """Train a notebook by so many processes; return what it printed."""
+    (folder / "out.py").write_text("import os\n" + export(name, folder, settings) + REPORT)
+    status, printed = launch("out.py", folder, processes)
+    assert status == 0 and "Warning" not in printed, printed
+    return printed
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Both training notebooks, trained by one process and by two."""
+    folders = {n: tmp_path_factory.mktemp(f"by_{n}") for n in (1, 2)}
+    for processes, folder in folders.items():
+        train("rnet_sole", folder, SOLE, processes)
+        weights = [file.read_text() for file in folder.glob("weights-*")]
+        assert len(weights) == processes and len(set(weights)) == 1
+    for processes, folder in folders.items():
+        printed = train("blockdrop_training", folder, BLOCKDROP, processes)
+        weights = [file.read_text() for file in folder.glob("weights-*")]
+        assert len(weights) == processes and len(set(weights)) == 1
+        assert printed.count("TS - ") == 2  # one process prints
+    return folders
+
+
+def history(folder, stage):
+    return utils.read_checkpoint(folder / "cv" / stage / "R8_SYN" / "last.t7")["history"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "tolerance"), [("trained_rnet", 0.1), ("trained_policy", 0.2), ("finetuned", 0.2)]
+)
+def test_two_processes_train_as_one_does(folders, stage, tolerance):
+    """Batch norm sees half the batch, so that the curves are close and not the same."""
+    one, two = (history(folders[n], stage) for n in (1, 2))
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=tolerance)
+
+
+def test_gradients_are_the_whole_batchs(tmp_path):
+    """Without batch norm's statistics, two processes take the steps of one."""
+    (tmp_path / "steps.py").write_text(STEPS)
+    found = []
+    for processes in (1, 2):
+        status, printed = launch("steps.py", tmp_path, processes, str(ROOT / "data"))
+        assert status == 0, printed
+        found.append(utils.read_checkpoint(tmp_path / "steps.t7"))
+    one, two = found
+    torch.testing.assert_close(two["losses"], one["losses"])
+    torch.testing.assert_close(two["resnet"], one["resnet"])
+
+
+def test_a_death_ends_the_run_and_another_number_goes_on(tmp_path):
+    script = export("rnet_sole", tmp_path, SOLE)
+    (tmp_path / "out.py").write_text(
+        "import os\n" + script.replace("import utils\n", "import utils\n" + DIES, 1)
+    )
+    status, printed = launch("out.py", tmp_path, 2)
+    assert status != 0 and "Epoch: 0 - " in printed and "Epoch: 1 - " not in printed
+    assert "1 epochs done, 2 to go" in train("rnet_sole", tmp_path, SOLE, 1)
