@@ -22,7 +22,7 @@ from models.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from models.data import Images, Loader, get_dataset, hold_out
+from models.data import Images, Loader, get_dataset, hold_out, pixels, read_image, to_input
 from models.distributed import gathered, join_processes, parallel, total
 from models.machine import (
     autocast,
@@ -35,15 +35,21 @@ from models.machine import (
     synchronize,
 )
 from models.names import ModelName, parse_model
+from models.plots import BLUE, GRAY, WIDTH, draw_policies, mark_segments, show_image, use_style, whole_numbers
 from models.policy import Policy, Policy32, Policy224
+from models.report import Report
 from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
 from models.training import TrainingRun, check_warmup, fits_memory, one_cycle
 
 __all__ = [
+    "BLUE",
+    "GRAY",
+    "WIDTH",
     "CheckpointError",
     "Images",
     "Loader",
     "ModelName",
+    "Report",
     "TrainingRun",
     "autocast",
     "build_model",
@@ -52,6 +58,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "count_flops",
+    "draw_policies",
     "fingerprint",
     "fits_memory",
     "get_dataset",
@@ -62,6 +69,7 @@ __all__ = [
     "load_standard_weights",
     "load_weights_to_flatresnet",
     "machine",
+    "mark_segments",
     "measure",
     "newest_checkpoint",
     "one_cycle",
@@ -69,12 +77,19 @@ __all__ = [
     "parse_model",
     "peak_memory",
     "performance_stats",
+    "pixels",
     "policy_filename",
+    "rank_correlation",
     "read_checkpoint",
+    "read_image",
     "save_checkpoint",
     "seed_everything",
+    "show_image",
     "synchronize",
+    "to_input",
     "total",
+    "use_style",
+    "whole_numbers",
 ]
 
 
@@ -215,3 +230,13 @@ def count_flops(
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
     return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Return Spearman's rank correlation of two series (N,): ties share their mean rank; nan if constant."""
+
+    def ranks(values: Tensor) -> Tensor:
+        _, position, counts = values.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2).double()[position]
+
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()

@@ -10,6 +10,7 @@ import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise FileNotFoundError(
             f"there is no checkpoint {path}: check the path, or train it with the notebooks"
         )
+    _check_archive(path)
     try:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
@@ -109,6 +111,33 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             f"{path} holds a {type(content).__name__}, not a checkpoint: expected a dict of weights"
         )
     return dict(content)
+
+
+def _check_archive(path: Path) -> None:
+    """Raise CheckpointError for a zip archive that grows in unpacking or whose checksums are wrong.
+
+    torch.save compresses nothing, and torch.load does not look at the checksums.
+    """
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return  # an older format, or damaged, which torch.load will tell
+    with archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise CheckpointError(
+                f"{path} was not loaded: it would unpack to {unpacked:,} bytes, as no checkpoint does. "
+                "Get the file again, or train it with the notebooks"
+            )
+        try:
+            damaged = archive.testzip()
+        except Exception:  # zipfile fails in many ways, too
+            damaged = "an entry"
+    if damaged:
+        raise CheckpointError(
+            f"{path} was not loaded: {damaged} in it is damaged. "
+            "Get the file again, or train it with the notebooks"
+        )
 
 
 def load_checkpoint(
@@ -224,6 +253,8 @@ def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
         problem = f"{extra} has no place in the network"
     elif wrong := next((k for k, v in expected.items() if v.shape != state[k].shape), None):
         problem = f"{wrong} is {tuple(state[wrong].shape)}, not {tuple(expected[wrong].shape)}"
+    elif wrong := next((k for k, v in expected.items() if not _alike(v, state[k])), None):
+        problem = f"{wrong} holds {state[wrong].dtype}, not {expected[wrong].dtype}"
     elif wrong := next((k for k, v in state.items() if not torch.isfinite(v).all()), None):
         problem = f"{wrong} has values that are not finite"
     if problem:
@@ -232,6 +263,11 @@ def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
             f"{_blocks_hint(state, expected)}. Choose the `model` that the file was trained for"
         )
     return state
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors are both plain numbers of the same kind, be it in another precision."""
+    return a.is_floating_point() == b.is_floating_point() and a.layout == b.layout and not b.is_complex()
 
 
 def _blocks_hint(state: Mapping, expected: Mapping) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
@@ -157,6 +158,8 @@ def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
             f"{cifar.__name__} is not in {root} and could not be downloaded ({error}): connect to "
             f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
         ) from error
+    if not set(data.targets) <= set(range(NUM_CLASSES[dataset])):
+        raise ValueError(f"{cifar.__name__} in {root} has labels outside 0 to {NUM_CLASSES[dataset] - 1}")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
 
@@ -198,7 +201,7 @@ def _imagenet(root: Path) -> list[Dataset]:
                 f"{root / 'val'}, each with a folder of images per class"
             )
         transform = transforms.Compose(transform + normalize)
-        dataset = torchvision.datasets.ImageFolder(path, transform)
+        dataset = torchvision.datasets.ImageFolder(path, transform, loader=_read_rgb)
         if len(dataset.classes) != NUM_CLASSES["ImgNet"]:
             raise ValueError(
                 f"{path} has {len(dataset.classes)} class folders, expected ImageNet's "
@@ -231,6 +234,41 @@ def hold_out(trainset: Dataset, testset: Dataset, share: float) -> tuple[Dataset
     plain = copy.copy(trainset)
     plain.transform = testset.transform
     return Subset(trainset, train.tolist()), Subset(plain, val.tolist())
+
+
+def pixels(dataset: Dataset, index: int) -> Tensor:
+    """Return an image (H, W, 3) of a data set in bytes, as it is before normalization."""
+    if isinstance(dataset, Images):
+        return dataset.images[index].permute(1, 2, 0)
+    path, _ = dataset.samples[index]
+    resize, crop, *_ = dataset.transform.transforms
+    return torch.from_numpy(np.array(crop(resize(dataset.loader(path)))))
+
+
+def read_image(path: str | os.PathLike, size: int) -> Tensor:
+    """Return an image file as pixels (size, size, 3) in bytes: scaled to that size, its middle cut out.
+
+    FileNotFoundError without the file, ValueError for a file that is no image.
+    """
+    scaled = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])(_read_rgb(path))
+    return torch.from_numpy(np.array(scaled))
+
+
+def _read_rgb(path: str | os.PathLike) -> Image.Image:
+    try:
+        return torchvision.datasets.folder.pil_loader(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no image file {path}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path} can't be read as an image: {error}") from error
+
+
+def to_input(dataset: Dataset, pixels: Tensor) -> Tensor:
+    """Return pixels (H, W, 3) in bytes as a network's input (3, H, W), normalized as the data set is."""
+    inputs = pixels.permute(2, 0, 1).float().div(255)
+    if isinstance(dataset, Images):
+        return (inputs - dataset.mean[0].to(inputs.device)) / dataset.std[0].to(inputs.device)
+    return transforms.Normalize(*IMAGENET_STATISTICS)(inputs)
 
 
 class Loader:

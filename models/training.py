@@ -1,5 +1,6 @@
 """The bookkeeping of a training: schedules, resuming, history, curves."""
 
+import contextlib
 import functools
 import os
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import tensorboardX
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -67,7 +69,8 @@ class TrainingRun:
     After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same
     settings goes on from there, to the same result as one that was never interrupted: the random
     generators are seeded anew, from seed and epoch, as each epoch starts. A finished run of the
-    same settings has no epochs left; one of other settings is replaced by the new run.
+    same settings has no epochs left; one of other settings is replaced by the new run. While it
+    trains, no other process can train in `folder`: RuntimeError there.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class TrainingRun:
             return
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
         with (
+            self._lock(),
             tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar,
             tensorboardX.SummaryWriter(
                 str(self.folder / "tensorboard"), purge_step=done, write_to_disk=rank() == 0
@@ -148,6 +152,23 @@ class TrainingRun:
                 yield epoch
                 self.bar.n = epoch + 1
                 self.bar.refresh()
+
+    def _lock(self) -> contextlib.AbstractContextManager:
+        """Keep other processes from training in the folder, until this one ends, in whatever way."""
+        if rank() > 0:
+            return contextlib.nullcontext()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            # One object per file and process: a cell that was interrupted may run again.
+            return FileLock(self.folder / ".lock", is_singleton=True).acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f"another process is training in {self.folder}: wait for it, end it, or set another cv_dir"
+            ) from None
+        except OSError as error:
+            raise RuntimeError(
+                f"could not write in {self.folder} ({error}): free some space or set another cv_dir"
+            ) from error
 
     def batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the loader's batches, in this epoch's order; the progress bar moves along."""

@@ -12,6 +12,10 @@ sys.path.insert(0, str(ROOT))
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="try more damaged files and more kills")
+
+
 @pytest.fixture
 def at_root(monkeypatch):
     """Run in the repository's root, as the notebooks do."""

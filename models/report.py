@@ -1,0 +1,88 @@
+"""What the inference notebook found, in files: numbers as JSON, pictures as SVG, a table as Markdown.
+
+`python -m models.report` puts the results table that these files make into the README.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = ("<!-- results: made by python -m models.report -->", "<!-- end of results -->")
+
+
+class Report:
+    """Numbers, pictures and a table of one model on one device, written to `folder`.
+
+    The files begin with `<model>_<device>`. Without a folder (None) nothing is written.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None, model: str, device: str, **about: object):
+        self.folder = None if folder is None else Path(folder)
+        self.name = f"{model}_{device}"
+        self.numbers: dict[str, object] = {"model": model, "device": device, **about}
+
+    def picture(self, name: str, figure: Figure) -> None:
+        """Write a figure as `<model>_<device>_<name>.svg`."""
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            figure.savefig(self.folder / f"{self.name}_{name}.svg", metadata={"Date": None})
+
+    def write(self, table: str) -> list[Path]:
+        """Write the numbers as JSON and a Markdown table; return the files. RuntimeError if that fails."""
+        if self.folder is None:
+            return []
+        files = {".json": json.dumps(self.numbers, indent=1) + "\n", ".md": table + "\n"}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for ending, text in files.items():
+                (self.folder / f"{self.name}{ending}").write_text(text)
+        except OSError as error:
+            raise RuntimeError(f"could not write the report ({error}): set another results_dir") from error
+        return [self.folder / f"{self.name}{ending}" for ending in files]
+
+
+def results_table(reports: list[Mapping]) -> str:
+    """Return the README's Markdown table, a row a report."""
+    lines = [
+        "| model | machine | accuracy (%): sole, BlockDrop | blocks kept | distinct policies "
+        "| FLOPs an image: sole, BlockDrop | ms an image, batch 1: sole, BlockDrop "
+        "| large batch: sole, BlockDrop | BlockDrop wins up to, batch 1 and large |",
+        "|---" * 9 + "|",
+    ]
+    for report in reports:
+        sole, ours = report["sole"], report["blockdrop"]
+        large = str(report["large batch"])
+        milliseconds = {
+            size: f"{1000 * report['seconds per image']['sole ResNet'][size]:.2f}, "
+            f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:.2f}"
+            for size in ("1", large)
+        }
+        wins = [f"{report['break-even in blocks'][size]:.1f}" for size in ("1", large)]
+        blocks = report["blocks"]
+        lines.append(
+            f"| `{report['model']}` | {report['machine']}, {report['precision']} "
+            f"| {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
+            f"| {ours['blocks kept']:.2f} of {blocks} | {ours['distinct policies']} "
+            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} "
+            f"| {milliseconds['1']} | {milliseconds[large]} (batch {large}) "
+            f"| {' and '.join(wins)} of {blocks} blocks |"
+        )
+    return "\n".join(lines)
+
+
+def with_results(readme: str, folder: Path) -> str:
+    """Return the README's text with the table of all reports in `folder` between its marks."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    before, after = map(re.escape, MARKS)
+    table = f"{MARKS[0]}\n{results_table(reports)}\n{MARKS[1]}"
+    return re.sub(f"{before}.*{after}", lambda _: table, readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_results(path.read_text(), ROOT / "results"))
