@@ -160,7 +160,10 @@ class TrainingRun:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One object per file and process: a cell that was interrupted may run again.
-            return FileLock(self.folder / ".lock", is_singleton=True).acquire(timeout=0)
+            lock = FileLock(self.folder / ".lock", is_singleton=True).acquire(timeout=0)
+            for left_by_a_kill in self.folder.glob(".*.tmp"):
+                left_by_a_kill.unlink()
+            return lock
         except Timeout:
             raise RuntimeError(
                 f"another process is training in {self.folder}: wait for it, end it, or set another cv_dir"

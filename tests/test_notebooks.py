@@ -1,5 +1,6 @@
 """Every notebook, executed from a clean kernel with small settings on the built-in data."""
 
+import json
 import re
 import shutil
 
@@ -10,10 +11,11 @@ import torch
 from conftest import NOTEBOOKS, ROOT
 
 import utils
+from models import report
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
 SOLE = SMALL | {"epochs": 2}
-INFERENCE = SMALL | {"seconds": 0.01, "batch_sizes": [1, 16, 1024]}
+INFERENCE = SMALL | {"seconds": 0.01, "batch_sizes": [1, 16, 1024], "static_images": 50}
 BLOCKDROP = SMALL | {
     "max_epochs_training": 2,
     "max_epochs_finetuning": 2,
@@ -25,11 +27,14 @@ BLOCKDROP = SMALL | {
 
 def execute(name, folder, settings):
     """Run a notebook with its checkpoints in `folder`; return what its cells printed."""
+    paths = {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")}
+    if name == "blockdrop_inference":
+        paths["results_dir"] = str(folder / "results")
     path = folder / f"{name}.ipynb"
     notebook = papermill.execute_notebook(
         ROOT / f"{name}.ipynb",
         path,
-        parameters=settings | {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")},
+        parameters=settings | paths,
         cwd=ROOT,
         progress_bar=False,
     )
@@ -99,6 +104,23 @@ def test_the_report_agrees_with_the_masked_forward(printed):
     assert float(reported) == pytest.approx(100 * accuracy, abs=0.34)  # one image of 300 may be a tie
 
 
+def test_the_report_is_written(printed):
+    _, folder = printed
+    found = json.loads((folder / "results" / "R8_SYN_cpu.json").read_text())
+    assert found["images"] == 300 and found["blocks"] == 3
+    assert found["sole"]["blocks kept"] == 3 and 0 <= found["blockdrop"]["blocks kept"] <= 3
+    assert found["baselines"]["every block"]["sole ResNet"] == pytest.approx(
+        found["sole"]["accuracy"], abs=0.004
+    )
+    assert found["baselines"]["learned, per image"]["finetuned ResNet"] == pytest.approx(
+        found["blockdrop"]["accuracy"], abs=0.004
+    )
+    assert "Break-even in blocks" in (folder / "results" / "R8_SYN_cpu.md").read_text()
+    pictures = sorted(path.name for path in (folder / "results").glob("*.svg"))
+    assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_baselines.svg"
+    assert "`R8_SYN`" in report.results_table([found])
+
+
 def test_running_again_finds_the_work_done(printed):
     texts, folder = printed
     again = execute("blockdrop_training", folder, BLOCKDROP)
@@ -130,7 +152,13 @@ def test_the_readmes_main_job_runs(tmp_path):
     notebook = papermill.execute_notebook(
         ROOT / "blockdrop_inference.ipynb",
         tmp_path / "out.ipynb",
-        parameters={"max_images": 100, "seconds": 0.01, "data_dir": str(ROOT / "data")},
+        parameters={
+            "max_images": 100,
+            "seconds": 0.01,
+            "static_images": 50,
+            "data_dir": str(ROOT / "data"),
+            "results_dir": str(tmp_path),
+        },
         cwd=ROOT,
         progress_bar=False,
     )

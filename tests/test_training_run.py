@@ -1,5 +1,8 @@
 """Training runs: killed and resumed, they end where an uninterrupted one ends."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,16 @@ class Killed(Exception):
     """Stands for a kill in the middle of an epoch."""
 
 
-def training(folder, kill_at=None, resume=True, seed=5, lr=0.1):
+# Holds a lock until it is killed.
+HOLDER = """
+import sys, time, filelock
+with filelock.FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+
+
+def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0.1):
     """Train a little R8; stop in the middle of epoch `kill_at`. Returns network and run."""
     torch.manual_seed(0)
     pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
@@ -29,6 +41,7 @@ def training(folder, kill_at=None, resume=True, seed=5, lr=0.1):
     settings = {"seed": seed, "lr": lr}
     run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume)
     for epoch in run:
+        losses = []
         for step, (inputs, targets) in enumerate(run.batches(loader)):
             loss = F.cross_entropy(rnet.forward_full(inputs), targets)
             optimizer.zero_grad()
@@ -37,7 +50,9 @@ def training(folder, kill_at=None, resume=True, seed=5, lr=0.1):
             scheduler.step()
             if epoch == kill_at and step == 2:
                 raise Killed
-        run.end_epoch(epoch, loss=loss.item())
+            bad = epoch == not_finite_at and step == 2
+            losses.append(loss.detach() * (float("nan") if bad else len(targets)))
+        run.end_epoch(epoch, loss=run.mean_loss(losses, loader))
     return rnet, run
 
 
@@ -83,6 +98,45 @@ def test_a_foreign_state_is_refused(tmp_path):
     utils.save_checkpoint(tmp_path / "last.t7", {"epoch": 3})
     with pytest.raises(utils.CheckpointError, match=r"last\.t7 is not the state of a run like this one"):
         training(tmp_path)
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "run" / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RuntimeError, match=r"another process is training in .*run: wait for it"):
+            training(tmp_path / "run")
+    finally:
+        holder.kill()
+        holder.wait()
+    training(tmp_path / "run")
+
+
+def test_an_interrupted_cell_may_run_again(tmp_path):
+    """The interrupted loop is still referred to, by a traceback for example."""
+    with pytest.raises(Killed) as interrupted:
+        training(tmp_path, kill_at=2)
+    assert interrupted.tb
+    _, run = training(tmp_path)
+    assert len(run.history) == EPOCHS
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(RuntimeError, match="not finite from step 2 of epoch 1 on: lower the learning rate"):
+        training(tmp_path, not_finite_at=1)
+    assert len(utils.read_checkpoint(tmp_path / "last.t7")["history"]) == 1
+
+
+def test_a_gpu_too_small_is_said(tmp_path):
+    @utils.fits_memory
+    def train():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(RuntimeError, match="memory is too small for the batch: lower batch_size"):
+        train()
 
 
 def test_other_seeds_other_weights(tmp_path):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from models import names, syn
+from models import data, names, syn
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,45 @@ def test_loader_shows_every_image_once_in_a_new_order():
     torch.testing.assert_close(passes[0].sort()[0], passes[1].sort()[0])
     with pytest.raises(ValueError, match="batch_size is 0"):
         utils.Loader(images(), 0, "cpu")
+
+
+def test_processes_share_every_batch(monkeypatch):
+    """Two processes together read the images, augmented, that one reads."""
+
+    def passed(rank, processes):
+        monkeypatch.setattr(data, "rank", lambda: rank)
+        monkeypatch.setattr(data, "num_processes", lambda: processes)
+        loader = utils.Loader(images(20, augment=True), 8, "cpu", shuffle=True)
+        loader.generator.manual_seed(1)
+        return [inputs for inputs, _ in loader]
+
+    first, second, whole = passed(0, 2), passed(1, 2), passed(0, 1)
+    for a, b, both in zip(first, second, whole, strict=True):
+        assert torch.equal(both[::2], a) and torch.equal(both[1::2], b)
+    with pytest.raises(ValueError, match="8, which 3 processes can't share evenly: choose a multiple of 3"):
+        passed(0, 3)
+    with pytest.raises(ValueError, match="the last batch of 20 images has 4, too few for 8 processes"):
+        passed(0, 8)
+
+
+def test_image_files(tmp_path):
+    Image.new("RGB", (50, 40), (10, 20, 30)).save(tmp_path / "a.png")
+    pixels = utils.read_image(tmp_path / "a.png", 32)
+    assert pixels.shape == (32, 32, 3) and pixels[5, 5].tolist() == [10, 20, 30]
+    dataset = images(3)
+    torch.testing.assert_close(utils.to_input(dataset, utils.pixels(dataset, 1)), dataset[1][0])
+    with pytest.raises(FileNotFoundError, match=r"no image file .*b\.png"):
+        utils.read_image(tmp_path / "b.png", 32)
+    (tmp_path / "c.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"c\.png can't be read as an image"):
+        utils.read_image(tmp_path / "c.png", 32)
+
+
+def test_rank_correlation():
+    x = torch.arange(10.0)
+    assert utils.rank_correlation(x, x**3) == pytest.approx(1)
+    assert utils.rank_correlation(x, -x) == pytest.approx(-1)
+    assert math.isnan(utils.rank_correlation(x, torch.ones(10)))
 
 
 def test_held_out_images_are_always_the_same_and_not_augmented():

@@ -1,0 +1,117 @@
+"""Trainings killed at random moments and run again end as if nothing had happened, to the bit.
+
+`pytest tests/test_kills.py --long` kills each stage 20 times, otherwise once. The kill is SIGKILL: the
+process can do nothing about it.
+"""
+
+import contextlib
+import io
+import multiprocessing
+import random
+import shutil
+import time
+
+import nbformat
+import pytest
+from conftest import ROOT
+
+import utils
+
+NUM_KILLS, NUM_KILLS_LONG = 1, 20
+SMALL = {"model": "R8_SYN", "device": "cpu", "max_images": 240, "batch_size": 24, "seed": 1}
+BLOCKDROP = SMALL | {"cl_pace": 3, "warmup_rnet": 0.5, "warmup_policy": 0.5}
+STAGES = {
+    "trained_rnet": ("rnet_sole", SMALL | {"epochs": 3}),
+    "trained_policy": (
+        "blockdrop_training",
+        BLOCKDROP | {"max_epochs_training": 3, "max_epochs_finetuning": 0},
+    ),
+    "finetuned": ("blockdrop_training", BLOCKDROP | {"max_epochs_training": 0, "max_epochs_finetuning": 3}),
+}
+# Each training is a process of its own, forked from one that has imported everything.
+processes = multiprocessing.get_context("forkserver")
+
+
+def run_notebook(name, settings):
+    """Run a notebook's code cells; what they print is dropped."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    variables = {}
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                exec(cell.source, variables)
+                if "parameters" in cell.metadata.get("tags", []):
+                    variables.update(settings)
+
+
+def start(stage, cv_dir):
+    name, settings = STAGES[stage]
+    paths = {"cv_dir": str(cv_dir), "data_dir": str(ROOT / "data")}
+    process = processes.Process(target=run_notebook, args=(name, settings | paths))
+    process.start()
+    return process
+
+
+def wait_for_a_file_being_written(folder, process):
+    """Return when a checkpoint is being written, or the process has ended."""
+    while process.is_alive() and not any(folder.glob(".*.tmp")):
+        pass
+
+
+def weights(cv_dir, stage):
+    """The fingerprint of the checkpoint that a finished stage leaves."""
+    (path,) = [p for p in (cv_dir / stage / "R8_SYN").glob("*.t7") if p.name != "last.t7"]
+    rnet, agent = utils.build_model("R8_SYN")
+    trained = (
+        {"resnet": rnet, "agent": agent}
+        if stage == "finetuned"
+        else ({"resnet": rnet} if stage == "trained_rnet" else {"agent": agent})
+    )
+    utils.load_checkpoint(path, trained.get("resnet"), trained.get("agent"))
+    return utils.fingerprint(*trained.values())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """All stages, never killed: the folder, and the seconds that each took."""
+    processes.set_forkserver_preload(["utils", "matplotlib.pyplot", "models.inference", "nbformat"])
+    cv_dir, seconds = tmp_path_factory.mktemp("uninterrupted"), {}
+    for stage in STAGES:
+        for run in ("warm", "timed"):
+            shutil.rmtree(cv_dir / stage, ignore_errors=True)
+            begin = time.perf_counter()
+            process = start(stage, cv_dir)
+            process.join()
+            assert process.exitcode == 0, run
+            seconds[stage] = time.perf_counter() - begin
+    return cv_dir, seconds
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path, request, stage):
+    whole, seconds = uninterrupted
+    expected = weights(whole, stage)
+    chance = random.Random(stage)
+    num_kills = NUM_KILLS_LONG if request.config.getoption("--long") else NUM_KILLS
+    killed, loaded = 0, 0
+    for number in range(num_kills):
+        cv_dir = tmp_path / str(number)
+        for earlier in list(STAGES)[: list(STAGES).index(stage)]:
+            shutil.copytree(whole / earlier, cv_dir / earlier)
+        folder = cv_dir / stage / "R8_SYN"
+        process = start(stage, cv_dir)
+        if number % 3 == 2:
+            wait_for_a_file_being_written(folder, process)
+        else:
+            time.sleep(chance.uniform(0, seconds[stage]))
+        process.kill()
+        process.join()
+        killed += process.exitcode != 0
+        for path in folder.glob("*.t7"):
+            utils.load_checkpoint(path)
+            loaded += 1
+        process = start(stage, cv_dir)
+        process.join()
+        assert process.exitcode == 0 and weights(cv_dir, stage) == expected
+        assert not any(folder.glob(".*.tmp"))
+    print(f"{stage}: {killed} of {num_kills} killed in time, {loaded} checkpoints found, all loaded")
