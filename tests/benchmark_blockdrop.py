@@ -1,0 +1,153 @@
+"""Time policy training and finetuning, as the notebook runs them, against the plain loops.
+
+    python tests/benchmark_blockdrop.py --model R32_C10
+
+The plain loops are the original's: fp32, contiguous, images augmented one by one in DataLoader
+workers, and two masked forwards with gradients kept for the frozen ResNet too. Ours are the
+functions of blockdrop_training.ipynb. The policy network is untrained: it keeps half of the blocks
+that it decides on. Both take turns; the ratio is that of the medians.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import matplotlib
+import nbformat
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark_training import OneByOne
+
+import utils
+from models import inference
+from models.policy import greedy_policy
+
+ROUNDS = 3
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class FewBatches:
+    """Stands in for a `utils.TrainingRun`: so many batches an epoch, nothing written."""
+
+    def __init__(self, batches: int):
+        self.num_batches, self.times = batches, []
+
+    def batches(self, loader):
+        for index, batch in enumerate(itertools.islice(loader, self.num_batches + 1)):
+            start = time.perf_counter()
+            yield batch
+            utils.synchronize(batch[0].device)
+            if index:  # the first one warms up
+                self.times.append(time.perf_counter() - start)
+
+    def mean_loss(self, losses, loader):
+        return torch.stack(losses).sum().item()
+
+
+def notebook(model: str, batch_size: int) -> dict:
+    """Run the training notebook's cells without training; return what they define."""
+    matplotlib.use("agg")
+    variables = {}
+    settings = {
+        "model": model,
+        "batch_size": batch_size,
+        "max_epochs_training": 0,
+        "max_epochs_finetuning": 0,
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        for cell in nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4).cells:
+            if cell.cell_type == "code":
+                exec(cell.source, variables)
+                if "parameters" in cell.metadata.get("tags", []):
+                    variables.update(settings)
+    return variables
+
+
+def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
+    """One epoch as the original does it."""
+    agent.train()
+    rnet.train(finetuning)
+    for inputs, targets in run.batches(loader):
+        inputs, targets = inputs.to(nb["device"]), targets.to(nb["device"])
+        probs = agent(inputs)[0]
+        explored = nb["explore"](probs)
+        greedy = nb["keep_first"](greedy_policy(probs), cl_step)
+        sampled = nb["keep_first"](torch.bernoulli(explored.detach()), cl_step)
+        logits_greedy, logits = rnet(inputs, greedy), rnet(inputs, sampled)
+        reward_greedy, _ = nb["get_reward"](logits_greedy, targets, greedy, -1)
+        reward, _ = nb["get_reward"](logits, targets, sampled, -1)
+        loss = nb["policy_loss"](explored, sampled, reward - reward_greedy, cl_step, beta=0.1)
+        if finetuning:
+            loss = loss + F.cross_entropy(logits, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def loops(nb: dict, args, cl_step: int | None) -> dict:
+    """Return functions that run a few batches and give each one's seconds; `cl_step` None: finetuning."""
+    rnet, agent = (network.to(nb["device"]) for network in utils.build_model(args.model))
+    both = [*rnet.parameters(), *agent.parameters()]
+    plain_optimizer = torch.optim.Adam(both if cl_step is None else agent.parameters(), 1e-6)
+    loader = torch.utils.data.DataLoader(
+        OneByOne(nb["trainset"]), args.batch_size, shuffle=True, num_workers=torch.get_num_threads()
+    )
+    nb["rnet"], nb["agent"] = nb["starting_networks"]()
+    nb["rnet_parallel"], nb["agent_parallel"] = nb["rnet"], nb["agent"]
+    nb["frozen"] = inference.prepare(nb["rnet"], precision=nb["precision"])
+    nb["curriculum"] = lambda epoch: cl_step
+    nb["optimizer"] = nb["optimizer_agent"] = torch.optim.Adam(nb["agent"].parameters(), 1e-6)
+    nb["optimizer_rnet"] = torch.optim.SGD(nb["rnet"].parameters(), 1e-6, momentum=0.9, nesterov=True)
+    for name in ("rnet", "agent"):
+        nb[f"scheduler_{name}"] = torch.optim.lr_scheduler.ConstantLR(nb[f"optimizer_{name}"])
+
+    def plain():
+        run = FewBatches(args.batches)
+        plain_loop(nb, run, loader, rnet, agent, plain_optimizer, cl_step is None, cl_step or rnet.num_blocks)
+        return run.times
+
+    def ours():
+        nb["run"] = FewBatches(args.batches)
+        nb["finetune"]() if cl_step is None else nb["train"](0)
+        return nb["run"].times
+
+    return {"plain": plain, "ours": ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="R32_C10")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batches", type=int, default=4)
+    args = parser.parse_args()
+    nb = notebook(args.model, args.batch_size)
+    print(f"{args.model}, batch {args.batch_size}, {utils.machine(nb['device'])}, ours in {nb['precision']}")
+    num_batches = len(nb["trainloader"])
+    stages = {
+        "policy training, mid-curriculum": nb["num_blocks"] // 2,
+        "policy training, every block decided": nb["num_blocks"],
+        "finetuning": None,
+    }
+    for stage, cl_step in stages.items():
+        seconds = {"plain": [], "ours": []}
+        ways = loops(nb, args, cl_step)
+        for _ in range(ROUNDS):
+            for name, way in ways.items():
+                seconds[name] += way()
+        medians = {name: np.median(values) for name, values in seconds.items()}
+        print(f"{stage}: {medians['plain'] / medians['ours']:.2f} times as fast")
+        for name, values in seconds.items():
+            low, high = 1000 * np.quantile(values, [0.25, 0.75])
+            batch, epoch = 1000 * medians[name], medians[name] * num_batches
+            print(f"  {name:>5}: {batch:7.0f} ms a batch ({low:.0f} to {high:.0f}), {epoch:.0f} s an epoch")
+
+
+if __name__ == "__main__":
+    main()
