@@ -304,7 +304,7 @@ class Loader:
             self.loader = DataLoader(
                 dataset,
                 batch_sampler=_Shares(self),
-                num_workers=workers,
+                num_workers=min(workers, _num_cores()),
                 pin_memory=self.device.type == "cuda",
             )
 
@@ -340,6 +340,11 @@ class Loader:
             return
         for indices in self.batches():
             yield self.images.read(indices.to(self.device), self.share, self.generator)
+
+
+def _num_cores() -> int:
+    """Return the number of cores that this process may use; more workers only slow each other down."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Shares:

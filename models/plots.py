@@ -62,6 +62,6 @@ def draw_policies(axes: Axes, policies: Tensor, layer_config: Sequence[int], lab
 
 def show_image(axes: Axes, pixels: Tensor, title: str) -> None:
     """Draw an image (H, W, 3) in bytes, without axes."""
-    axes.imshow(pixels)
+    axes.imshow(pixels.numpy())
     axes.set_title(title, fontsize="small")
     axes.axis("off")

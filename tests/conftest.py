@@ -13,7 +13,9 @@ NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="try more damaged files and more kills")
+    parser.addoption(
+        "--long", action="store_true", help="more damaged files and kills, and ImageNet"
+    )
 
 
 @pytest.fixture

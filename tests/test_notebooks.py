@@ -153,6 +153,7 @@ def test_the_readmes_main_job_runs(tmp_path):
         ROOT / "blockdrop_inference.ipynb",
         tmp_path / "out.ipynb",
         parameters={
+            "model": "R20_SYN",
             "max_images": 100,
             "seconds": 0.01,
             "static_images": 50,

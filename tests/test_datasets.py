@@ -1,0 +1,92 @@
+"""CIFAR-100 and ImageNet through all three notebooks, on small stand-ins in the real file formats."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from test_notebooks import BLOCKDROP, INFERENCE, SOLE, run_cells
+
+import utils
+from models import names
+
+CLASSES = 3
+
+
+@pytest.fixture
+def cifar100(tmp_path, monkeypatch):
+    """CIFAR-100's files with 60 training and 20 test images."""
+    # torchvision would find that the checksums are not the real files' and download them.
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_check_integrity", lambda self: True)
+    monkeypatch.setattr(torchvision.datasets.CIFAR100, "_load_meta", named_classes)
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for name, n in (("train", 60), ("test", 20)):
+        content = {
+            "data": chance.integers(256, size=(n, 3072), dtype=np.uint8),
+            "fine_labels": list(range(n)),
+        }
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+    return tmp_path
+
+
+def named_classes(self):
+    self.classes = [f"class {number}" for number in range(100)]
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """Folders of JPEG files as ImageNet's, of few classes; torchvision's weights are random ones."""
+    monkeypatch.setitem(names.NUM_CLASSES, "ImgNet", CLASSES)
+    chance = np.random.default_rng(0)
+    for part, n in (("train", 8), ("val", 2)):
+        for number in range(CLASSES):
+            folder = tmp_path / part / f"n{number:08}"
+            folder.mkdir(parents=True)
+            for image in range(n):
+                pixels = chance.integers(256, size=(40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((300, 260)).save(folder / f"{image}.JPEG")
+
+    def random_weights(weights, **_):
+        torch.manual_seed(0)
+        return torchvision.models.get_model(type(weights).__name__.split("_")[0].lower()).state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", random_weights)
+    return tmp_path
+
+
+def through_all_notebooks(model, data_dir, **settings):
+    paths = {"model": model, "data_dir": str(data_dir), "cv_dir": str(data_dir / "cv"), "max_images": None}
+    run_cells("rnet_sole", SOLE | paths | {"epochs": 1, "warmup": 0.7} | settings)
+    run_cells("blockdrop_training", BLOCKDROP | paths | {"cl_pace": 60} | settings)
+    found = run_cells(
+        "blockdrop_inference",
+        INFERENCE | paths | {"batch_sizes": [1, 4], "results_dir": str(data_dir / "results")},
+    )
+    plt = found["plt"]
+    plt.close("all")
+    assert found["report"].numbers["images"] == len(found["testset"])
+    assert len(list((data_dir / "results").glob("*.svg"))) >= 9
+
+
+@pytest.mark.parametrize("model", ["R32_C100", "R110_C100"])
+def test_cifar100(cifar100, at_root, model):
+    through_all_notebooks(model, cifar100, batch_size=16)
+
+
+def test_imagenet(imagenet, at_root, request):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes two minutes: pytest --long")
+    through_all_notebooks("R50_ImgNet", imagenet, batch_size=6, batch_size_test=6, holdout=0.25, workers=2)
+
+
+def test_an_unreadable_image_is_named(imagenet):
+    path = imagenet / "train" / "n00000001" / "3.JPEG"
+    path.write_bytes(path.read_bytes()[:100])
+    trainset, _ = utils.get_dataset("R50_ImgNet", imagenet)
+    with pytest.raises(ValueError, match=r"3\.JPEG can't be read as an image"):
+        for _ in utils.Loader(trainset, 4, "cpu", workers=1):
+            pass
