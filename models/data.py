@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from models import syn
-from models.distributed import num_processes, rank
+from models.distributed import first_goes_first, num_processes, rank
 from models.names import NUM_CLASSES, parse_model
 
 # Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10
@@ -124,13 +124,14 @@ def get_dataset(
         raise ValueError(f"max_images is {max_images}, expected 1 or more, or None for all")
     name = parse_model(model)
     root = Path(root)
-    if name.dataset == "ImgNet":
-        datasets = _imagenet(root)
-    elif name.dataset == "SYN":
-        datasets = [_syn(root, train) for train in (True, False)]
-    else:
-        statistics = R32_C10_STATISTICS if model == "R32_C10" else None
-        datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
+    with first_goes_first():  # it downloads or draws
+        if name.dataset == "ImgNet":
+            datasets = _imagenet(root)
+        elif name.dataset == "SYN":
+            datasets = [_syn(root, train) for train in (True, False)]
+        else:
+            statistics = R32_C10_STATISTICS if model == "R32_C10" else None
+            datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
     if max_images is not None:
         for dataset in datasets:
             _limit(dataset, max_images)

@@ -4,10 +4,11 @@ Everything here does nothing, or the plain thing, in a process that runs alone.
 """
 
 import atexit
+import contextlib
 import inspect
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -80,6 +81,16 @@ def gathered(rows: Tensor) -> Tensor:
     parts = [None] * num_processes()
     dist.all_gather_object(parts, rows.cpu())
     return torch.cat(parts).to(rows.device)
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """Let the first process run a block before the others, which then find what it has written."""
+    if rank() > 0:
+        wait_for_all()
+    yield
+    if rank() == 0:
+        wait_for_all()
 
 
 def wait_for_all() -> None:

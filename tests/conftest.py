@@ -13,9 +13,7 @@ NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--long", action="store_true", help="more damaged files and kills, and ImageNet"
-    )
+    parser.addoption("--long", action="store_true", help="more damaged files and kills, and ImageNet")
 
 
 @pytest.fixture
