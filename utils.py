@@ -22,8 +22,8 @@ from models.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from models.data import Images, Loader, get_dataset, hold_out, pixels, read_image, to_input
-from models.distributed import gathered, join_processes, parallel, total
+from models.data import Images, Loader, get_dataset, hold_out, pixels_and_input
+from models.distributed import first_goes_first, gathered, join_processes, parallel, total
 from models.machine import (
     autocast,
     choose_device,
@@ -77,16 +77,14 @@ __all__ = [
     "parse_model",
     "peak_memory",
     "performance_stats",
-    "pixels",
+    "pixels_and_input",
     "policy_filename",
     "rank_correlation",
     "read_checkpoint",
-    "read_image",
     "save_checkpoint",
     "seed_everything",
     "show_image",
     "synchronize",
-    "to_input",
     "total",
     "use_style",
     "whole_numbers",
@@ -142,7 +140,8 @@ def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
     """Fetch torchvision's first ImageNet weights, as the original used, of e.g. `ResNet101`."""
     weights = torchvision.models.get_model_weights(architecture.lower()).IMAGENET1K_V1
     try:
-        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        with first_goes_first():
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         raise RuntimeError(
@@ -156,8 +155,8 @@ def check(name: str, value: float, low: float, high: float = math.inf, whole: bo
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     if not (number and low <= value < high):
         kind = "a whole number" if whole else "a number"
-        limit = f" and below {high}" if high < math.inf else ""
-        raise ValueError(f"{name} is {value!r}, expected {kind}, {low} or more{limit}")
+        limits = [f"{low} or more"] * (low > -math.inf) + [f"below {high}"] * (high < math.inf)
+        raise ValueError(f"{name} is {value!r}, expected {kind}, {' and '.join(limits)}")
 
 
 def performance_stats(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision import transforms
 
 from models import syn
@@ -26,6 +26,7 @@ R32_C10_STATISTICS = (
     tuple(x / 255 for x in (125.3, 123.0, 113.9)),
     tuple(x / 255 for x in (63.0, 62.1, 66.7)),
 )
+IMAGENET_RESIZE, IMAGENET_CROP = 256, 224  # pixels
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -124,14 +125,15 @@ def get_dataset(
         raise ValueError(f"max_images is {max_images}, expected 1 or more, or None for all")
     name = parse_model(model)
     root = Path(root)
-    with first_goes_first():  # it downloads or draws
-        if name.dataset == "ImgNet":
-            datasets = _imagenet(root)
-        elif name.dataset == "SYN":
-            datasets = [_syn(root, train) for train in (True, False)]
-        else:
-            statistics = R32_C10_STATISTICS if model == "R32_C10" else None
-            datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
+    if name.dataset == "ImgNet":
+        datasets = _imagenet(root)
+    else:
+        with first_goes_first():  # it downloads or draws
+            if name.dataset == "SYN":
+                datasets = [_syn(root, train) for train in (True, False)]
+            else:
+                statistics = R32_C10_STATISTICS if model == "R32_C10" else None
+                datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
     if max_images is not None:
         for dataset in datasets:
             _limit(dataset, max_images)
@@ -146,8 +148,9 @@ def _limit(dataset: Dataset, max_images: int) -> None:
         if dataset.difficulty is not None:
             dataset.difficulty = dataset.difficulty[:max_images]
     else:  # an ImageFolder, sorted by class
-        step = max(1, len(dataset.samples) // max_images)
-        dataset.samples = dataset.samples[::step][:max_images]
+        samples = dataset.samples
+        number = min(max_images, len(samples))
+        dataset.samples = [samples[i * len(samples) // number] for i in range(number)]
 
 
 def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
@@ -191,8 +194,9 @@ def _keep_drawing(path: Path, drawing: syn.Drawing) -> None:
 
 def _imagenet(root: Path) -> list[Dataset]:
     normalize = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
-    train = [transforms.Resize(256), transforms.RandomCrop(224), transforms.RandomHorizontalFlip()]
-    test = [transforms.Resize(256), transforms.CenterCrop(224)]
+    resize = transforms.Resize(IMAGENET_RESIZE)
+    train = [resize, transforms.RandomCrop(IMAGENET_CROP), transforms.RandomHorizontalFlip()]
+    test = [resize, transforms.CenterCrop(IMAGENET_CROP)]
     datasets = []
     for folder, transform in (("train", train), ("val", test)):
         path = root / folder
@@ -211,6 +215,10 @@ def _imagenet(root: Path) -> list[Dataset]:
         datasets.append(dataset)
     if datasets[0].classes != datasets[1].classes:
         raise ValueError(f"{root / 'train'} and {root / 'val'} don't have the same class folders")
+    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+    for dataset in datasets:
+        if len(dataset.classes) == len(names):  # the folders are called n01440764 and so on
+            dataset.classes = list(names)
     return datasets
 
 
@@ -237,22 +245,25 @@ def hold_out(trainset: Dataset, testset: Dataset, share: float) -> tuple[Dataset
     return Subset(trainset, train.tolist()), Subset(plain, val.tolist())
 
 
-def pixels(dataset: Dataset, index: int) -> Tensor:
-    """Return an image (H, W, 3) of a data set in bytes, as it is before normalization."""
-    if isinstance(dataset, Images):
-        return dataset.images[index].permute(1, 2, 0)
-    path, _ = dataset.samples[index]
-    resize, crop, *_ = dataset.transform.transforms
-    return torch.from_numpy(np.array(crop(resize(dataset.loader(path)))))
+def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple[Tensor, Tensor]:
+    """Return an image as pixels (H, W, 3) in bytes and as a network's input (3, H, W).
 
-
-def read_image(path: str | os.PathLike, size: int) -> Tensor:
-    """Return an image file as pixels (size, size, 3) in bytes: scaled to that size, its middle cut out.
-
-    FileNotFoundError without the file, ValueError for a file that is no image.
+    `source`: its number in the data set, or a file, which is scaled and cut to the data set's size.
+    IndexError without that number, FileNotFoundError without the file, ValueError if it is no image.
     """
-    scaled = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])(_read_rgb(path))
-    return torch.from_numpy(np.array(scaled))
+    if isinstance(dataset, Images):
+        if isinstance(source, int):
+            shown = dataset.images[source].permute(1, 2, 0)
+        else:
+            size = dataset.images.shape[-1]
+            fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+            shown = torch.from_numpy(np.array(fit(_read_rgb(source))))
+        inputs = shown.permute(2, 0, 1).float().div(255)
+        return shown, (inputs - dataset.mean[0]) / dataset.std[0]
+    path = dataset.samples[source][0] if isinstance(source, int) else source
+    resize, crop, *to_input = dataset.transform.transforms
+    image = crop(resize(_read_rgb(path)))
+    return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
 
 
 def _read_rgb(path: str | os.PathLike) -> Image.Image:
@@ -262,14 +273,6 @@ def _read_rgb(path: str | os.PathLike) -> Image.Image:
         raise FileNotFoundError(f"there is no image file {path}") from None
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{path} can't be read as an image: {error}") from error
-
-
-def to_input(dataset: Dataset, pixels: Tensor) -> Tensor:
-    """Return pixels (H, W, 3) in bytes as a network's input (3, H, W), normalized as the data set is."""
-    inputs = pixels.permute(2, 0, 1).float().div(255)
-    if isinstance(dataset, Images):
-        return (inputs - dataset.mean[0].to(inputs.device)) / dataset.std[0].to(inputs.device)
-    return transforms.Normalize(*IMAGENET_STATISTICS)(inputs)
 
 
 class Loader:
@@ -305,6 +308,7 @@ class Loader:
             self.loader = DataLoader(
                 dataset,
                 batch_sampler=_Shares(self),
+                collate_fn=_collate,
                 num_workers=min(workers, _num_cores()),
                 pin_memory=self.device.type == "cuda",
             )
@@ -346,6 +350,13 @@ class Loader:
 def _num_cores() -> int:
     """Return the number of cores that this process may use; more workers only slow each other down."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _collate(images: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    """Join images of ImageNet to a batch; a process's share of the last one may be empty."""
+    if not images:
+        return torch.empty(0, 3, IMAGENET_CROP, IMAGENET_CROP), torch.empty(0, dtype=torch.int64)
+    return default_collate(images)
 
 
 class _Shares:

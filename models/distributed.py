@@ -27,7 +27,9 @@ def join_processes(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

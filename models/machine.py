@@ -18,7 +18,8 @@ import torch
 def choose_device(device: str = "auto") -> torch.device:
     """Return the device of a name; `auto` is CUDA where there is some, else the CPU.
 
-    Of several processes that `torchrun` started on a machine, each gets a GPU of its own.
+    Of several processes that `torchrun` started on a machine, each gets a GPU of its own. On CUDA,
+    fp32 is set to mean fp32, where PyTorch's convolutions take TF32 by default.
     RuntimeError for a device that this machine lacks.
     """
     if device == "auto":
@@ -40,7 +41,12 @@ def choose_device(device: str = "auto") -> torch.device:
             f'device {str(device)!r} can\'t be used here: choose "auto", "cpu", or "cuda" on a '
             "machine with a CUDA GPU and a PyTorch built for it"
         )
-    return torch.device(device)
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.conv.fp32_precision = "ieee"
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+    return device
 
 
 def choose_precision(precision: str, device: torch.device, allowed: Sequence[str] = ("fp32", "bf16")) -> str:

@@ -36,7 +36,8 @@ class Report:
         """Write the numbers as JSON and a Markdown table; return the files. RuntimeError if that fails."""
         if self.folder is None:
             return []
-        files = {".json": json.dumps(self.numbers, indent=1) + "\n", ".md": table + "\n"}
+        plain = json.loads(json.dumps(self.numbers), parse_constant=lambda _: None)  # nan is no JSON
+        files = {".json": json.dumps(plain, indent=1) + "\n", ".md": table + "\n"}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for ending, text in files.items():
@@ -75,14 +76,17 @@ def results_table(reports: list[Mapping]) -> str:
     return "\n".join(lines)
 
 
-def with_results(readme: str, folder: Path) -> str:
-    """Return the README's text with the table of all reports in `folder` between its marks."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def with_results(readme: str, reports: list[Mapping]) -> str:
+    """Return the README's text with the reports' table between its marks. ValueError without the marks."""
     before, after = map(re.escape, MARKS)
     table = f"{MARKS[0]}\n{results_table(reports)}\n{MARKS[1]}"
-    return re.sub(f"{before}.*{after}", lambda _: table, readme, flags=re.DOTALL)
+    text, found = re.subn(f"{before}.*{after}", lambda _: table, readme, flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"the README lacks the lines {MARKS[0]!r} and {MARKS[1]!r}")
+    return text
 
 
 if __name__ == "__main__":
     path = ROOT / "README.md"
-    path.write_text(with_results(path.read_text(), ROOT / "results"))
+    reports = [json.loads(file.read_text()) for file in sorted((ROOT / "results").glob("*.json"))]
+    path.write_text(with_results(path.read_text(), reports))

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from models.data import Loader
-from models.distributed import average_statistics, rank, total
+from models.distributed import average_statistics, num_processes, rank, total
 from models.machine import machine, mixed, seed_everything
 
 
@@ -221,4 +221,5 @@ class TrainingRun:
             "settings": self.settings,
             "seconds": self.seconds,
             "machine": machine(next(next(iter(self.networks.values())).parameters()).device),
+            "processes": num_processes(),
         }

@@ -11,26 +11,25 @@ that it decides on. Both take turns; the ratio is that of the medians.
 import argparse
 import contextlib
 import io
-import itertools
 import sys
 import time
 from pathlib import Path
 
 import matplotlib
-import nbformat
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmark_training import OneByOne
+from running import run_cells
 
 import utils
 from models import inference
 from models.policy import greedy_policy
 
-ROUNDS = 3
-ROOT = Path(__file__).resolve().parent.parent
+ROUNDS = 3  # turns of each loop
+WARMUP = 2  # batches not counted in each turn: the workers start
 
 
 class FewBatches:
@@ -40,11 +39,13 @@ class FewBatches:
         self.num_batches, self.times = batches, []
 
     def batches(self, loader):
-        for index, batch in enumerate(itertools.islice(loader, self.num_batches + 1)):
+        remaining = iter(loader)
+        for index in range(self.num_batches + WARMUP):
             start = time.perf_counter()
+            batch = next(remaining)
             yield batch
             utils.synchronize(batch[0].device)
-            if index:  # the first one warms up
+            if index >= WARMUP:
                 self.times.append(time.perf_counter() - start)
 
     def mean_loss(self, losses, loader):
@@ -54,20 +55,11 @@ class FewBatches:
 def notebook(model: str, batch_size: int) -> dict:
     """Run the training notebook's cells without training; return what they define."""
     matplotlib.use("agg")
-    variables = {}
-    settings = {
-        "model": model,
-        "batch_size": batch_size,
-        "max_epochs_training": 0,
-        "max_epochs_finetuning": 0,
-    }
+    settings = {"model": model, "batch_size": batch_size}
     with contextlib.redirect_stdout(io.StringIO()):
-        for cell in nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4).cells:
-            if cell.cell_type == "code":
-                exec(cell.source, variables)
-                if "parameters" in cell.metadata.get("tags", []):
-                    variables.update(settings)
-    return variables
+        return run_cells(
+            "blockdrop_training", settings | {"max_epochs_training": 0, "max_epochs_finetuning": 0}
+        )
 
 
 def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from test_notebooks import BLOCKDROP, INFERENCE, SOLE, run_cells
+from running import run_cells
+from test_notebooks import BLOCKDROP, INFERENCE, SOLE
 
 import utils
 from models import names

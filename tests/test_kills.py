@@ -11,9 +11,8 @@ import random
 import shutil
 import time
 
-import nbformat
 import pytest
-from conftest import ROOT
+from running import ROOT, run_cells
 
 import utils
 
@@ -32,22 +31,16 @@ STAGES = {
 processes = multiprocessing.get_context("forkserver")
 
 
-def run_notebook(name, settings):
-    """Run a notebook's code cells; what they print is dropped."""
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    variables = {}
+def run_silently(name, settings):
+    """Run a notebook; what it prints is dropped."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        for cell in notebook.cells:
-            if cell.cell_type == "code":
-                exec(cell.source, variables)
-                if "parameters" in cell.metadata.get("tags", []):
-                    variables.update(settings)
+        run_cells(name, settings)
 
 
 def start(stage, cv_dir):
     name, settings = STAGES[stage]
     paths = {"cv_dir": str(cv_dir), "data_dir": str(ROOT / "data")}
-    process = processes.Process(target=run_notebook, args=(name, settings | paths))
+    process = processes.Process(target=run_silently, args=(name, settings | paths))
     process.start()
     return process
 
@@ -74,7 +67,7 @@ def weights(cv_dir, stage):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """All stages, never killed: the folder, and the seconds that each took."""
-    processes.set_forkserver_preload(["utils", "matplotlib.pyplot", "models.inference", "nbformat"])
+    processes.set_forkserver_preload(["utils", "matplotlib.pyplot", "models.inference", "running"])
     cv_dir, seconds = tmp_path_factory.mktemp("uninterrupted"), {}
     for stage in STAGES:
         for run in ("warm", "timed"):

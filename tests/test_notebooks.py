@@ -9,13 +9,21 @@ import papermill
 import pytest
 import torch
 from conftest import NOTEBOOKS, ROOT
+from running import run_cells
 
 import utils
 from models import report
 
-SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu"}
+SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu", "batch_size": 64}
 SOLE = SMALL | {"epochs": 2}
-INFERENCE = SMALL | {"seconds": 0.01, "batch_sizes": [1, 16, 1024], "static_images": 50}
+INFERENCE = {
+    "model": "R8_SYN",
+    "max_images": 300,
+    "device": "cpu",
+    "seconds": 0.01,
+    "batch_sizes": [1, 16, 1024],
+    "static_images": 50,
+}
 BLOCKDROP = SMALL | {
     "max_epochs_training": 2,
     "max_epochs_finetuning": 2,
@@ -39,18 +47,6 @@ def execute(name, folder, settings):
         progress_bar=False,
     )
     return "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream")
-
-
-def run_cells(name, settings):
-    """Run a notebook's code cells in this process; return the variables that they leave."""
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    variables = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            exec(cell.source, variables)
-            if "parameters" in cell.metadata.get("tags", []):
-                variables.update(settings)
-    return variables
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +214,7 @@ def test_they_run_on_cuda(tmp_path):
     [
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
-        ("blockdrop_training", {"penalty": 1}, "-penalty is -1, expected a number, 0 or more"),
+        ("blockdrop_training", {"penalty": 1}, "penalty is 1, expected a number, below 0"),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
         ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),

@@ -164,15 +164,18 @@ def test_processes_share_every_batch(monkeypatch):
 
 def test_image_files(tmp_path):
     Image.new("RGB", (50, 40), (10, 20, 30)).save(tmp_path / "a.png")
-    pixels = utils.read_image(tmp_path / "a.png", 32)
-    assert pixels.shape == (32, 32, 3) and pixels[5, 5].tolist() == [10, 20, 30]
     dataset = images(3)
-    torch.testing.assert_close(utils.to_input(dataset, utils.pixels(dataset, 1)), dataset[1][0])
+    pixels, inputs = utils.pixels_and_input(dataset, tmp_path / "a.png")
+    assert pixels.shape == (32, 32, 3) and pixels[5, 5].tolist() == [10, 20, 30]
+    assert inputs.shape == (3, 32, 32)
+    pixels, inputs = utils.pixels_and_input(dataset, 1)
+    torch.testing.assert_close(inputs, dataset[1][0])
+    assert torch.equal(pixels.permute(2, 0, 1), dataset.images[1])
     with pytest.raises(FileNotFoundError, match=r"no image file .*b\.png"):
-        utils.read_image(tmp_path / "b.png", 32)
+        utils.pixels_and_input(dataset, tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"c\.png can't be read as an image"):
-        utils.read_image(tmp_path / "c.png", 32)
+        utils.pixels_and_input(dataset, tmp_path / "c.png")
 
 
 def test_rank_correlation():
@@ -216,6 +219,10 @@ def test_imagenet_folders(imagenet):
     assert len(val) == 2 and torch.equal(val[0][0], val[0][0])  # not augmented
     _, few = utils.get_dataset("R50_ImgNet", imagenet, max_images=2)
     assert [label for _, label in few] == [0, 1]
+    _, most = utils.get_dataset("R50_ImgNet", imagenet, max_images=6)
+    assert [label for _, label in most.samples] == [0, 0, 0, 1, 1, 1]
+    pixels, inputs = utils.pixels_and_input(few, 1)
+    assert pixels.shape == (224, 224, 3) and torch.equal(inputs, few[1][0])
 
 
 def test_imagenet_without_train(imagenet):
