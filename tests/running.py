@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_cells(name: str, settings: dict) -> dict:
-    """Run a notebook's code cells in this process, with other settings; return the variables that they leave."""
+    """Run a notebook's code cells in this process, with other settings; return the variables they leave."""
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     variables = {}
     for cell in notebook.cells:
