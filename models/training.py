@@ -185,14 +185,14 @@ class TrainingRun:
     def mean_loss(self, losses: Sequence[Tensor], loader: Loader) -> float:
         """Return the mean over the loader's images of the losses (), each a batch's sum.
 
-        RuntimeError where one is not finite; `last.t7` still holds the epoch before.
+        RuntimeError where one is not finite.
         """
         losses = total(torch.stack(list(losses)))
         if not (finite := losses.isfinite()).all():
             step = finite.logical_not().nonzero()[0].item()
             raise RuntimeError(
-                f"the loss is not finite from step {step} of epoch {self.epoch} on: lower the learning "
-                f"rate, and run again to go on after the last good epoch, or with resume = False"
+                f"the loss is not finite from step {step} of epoch {self.epoch} on: lower the learning rate "
+                f"and set resume = False to start afresh; {self.last} still holds the epoch before"
             )
         return losses.sum().item() / loader.num_images
 
