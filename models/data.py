@@ -1,5 +1,6 @@
 """Data sets and their batches: small images on the device in bytes, large ones by worker processes."""
 
+import contextlib
 import copy
 import math
 import os
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision import transforms
+from torchvision.datasets.utils import check_integrity
 
 from models import syn
 from models.distributed import first_goes_first, num_processes, rank
@@ -159,13 +161,25 @@ def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
         data = cifar(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"{cifar.__name__} is not in {root} and could not be downloaded ({error}): connect to "
+            f"{_what_is_wrong(cifar, root)} and could not be downloaded ({error}): connect to "
             f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
         ) from error
     if not set(data.targets) <= set(range(NUM_CLASSES[dataset])):
         raise ValueError(f"{cifar.__name__} in {root} has labels outside 0 to {NUM_CLASSES[dataset] - 1}")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
+
+
+def _what_is_wrong(cifar: type[torchvision.datasets.CIFAR10], root: Path) -> str:
+    """Name the first file of CIFAR that is missing or not the official one."""
+    folder = root / cifar.base_folder
+    if not folder.is_dir():
+        return f"{cifar.__name__} is not in {root}"
+    files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+    for name, md5 in files:
+        if not check_integrity(folder / name, md5):
+            return f"{folder / name} is {'damaged' if (folder / name).exists() else 'missing'}"
+    return f"{folder} can't be read"
 
 
 def _syn(root: Path, train: bool) -> Images:
@@ -189,7 +203,8 @@ def _keep_drawing(path: Path, drawing: syn.Drawing) -> None:
         np.savez(temporary, **drawing._asdict())
         os.replace(temporary, path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _imagenet(root: Path) -> list[Dataset]:

@@ -15,13 +15,17 @@ import numpy as np
 import torch
 
 
-def choose_device(device: str = "auto") -> torch.device:
+def choose_device(device: str = "auto", deterministic: bool = False) -> torch.device:
     """Return the device of a name; `auto` is CUDA where there is some, else the CPU.
 
     Of several processes that `torchrun` started on a machine, each gets a GPU of its own. On CUDA,
-    fp32 is set to mean fp32, where PyTorch's convolutions take TF32 by default.
+    fp32 is set to mean fp32, where PyTorch's convolutions take TF32 by default; with `deterministic`,
+    the same numbers give the same result to the bit, as they do on the CPU anyway.
     RuntimeError for a device that this machine lacks.
     """
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:  # cuBLAS reads it when it starts; PyTorch's documentation, "Reproducibility"
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.is_available():

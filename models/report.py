@@ -1,6 +1,6 @@
 """What the inference notebook found, in files: numbers as JSON, pictures as SVG, a table as Markdown.
 
-`python -m models.report` puts the results table that these files make into the README.
+`python -m models.report` puts the results tables that these files make into the README.
 """
 
 import json
@@ -47,39 +47,45 @@ class Report:
         return [self.folder / f"{self.name}{ending}" for ending in files]
 
 
-def results_table(reports: list[Mapping]) -> str:
-    """Return the README's Markdown table, a row a report."""
-    lines = [
-        "| model | machine | accuracy (%): sole, BlockDrop | blocks kept | distinct policies "
-        "| FLOPs an image: sole, BlockDrop | ms an image, batch 1: sole, BlockDrop "
-        "| large batch: sole, BlockDrop | BlockDrop wins up to, batch 1 and large |",
-        "|---" * 9 + "|",
+def results_tables(reports: list[Mapping]) -> str:
+    """Return the README's Markdown tables, a row a report: what is gained and lost, and the time."""
+    quality = [
+        "| model | accuracy (%): sole, BlockDrop | blocks kept | distinct policies "
+        "| FLOPs an image: sole, BlockDrop |",
+        "|---" * 5 + "|",
+    ]
+    time = [
+        "| model | machine | ms an image, batch 1: sole, BlockDrop | large batch: sole, BlockDrop "
+        "| BlockDrop wins up to, batch 1 and large | seconds of training: sole, policy, finetuning |",
+        "|---" * 6 + "|",
     ]
     for report in reports:
         sole, ours = report["sole"], report["blockdrop"]
-        large = str(report["large batch"])
+        model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
         milliseconds = {
             size: f"{1000 * report['seconds per image']['sole ResNet'][size]:.2f}, "
             f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:.2f}"
             for size in ("1", large)
         }
         wins = [f"{report['break-even in blocks'][size]:.1f}" for size in ("1", large)]
-        blocks = report["blocks"]
-        lines.append(
-            f"| `{report['model']}` | {report['machine']}, {report['precision']} "
-            f"| {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
+        training = ["unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()]
+        quality.append(
+            f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
             f"| {ours['blocks kept']:.2f} of {blocks} | {ours['distinct policies']} "
-            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} "
-            f"| {milliseconds['1']} | {milliseconds[large]} (batch {large}) "
-            f"| {' and '.join(wins)} of {blocks} blocks |"
+            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} |"
         )
-    return "\n".join(lines)
+        time.append(
+            f"| {model} | {report['machine']}, {report['precision']} | {milliseconds['1']} "
+            f"| {milliseconds[large]} (batch {large}) | {' and '.join(wins)} of {blocks} blocks "
+            f"| {'; '.join(training)} |"
+        )
+    return "\n".join([*quality, "", *time])
 
 
 def with_results(readme: str, reports: list[Mapping]) -> str:
-    """Return the README's text with the reports' table between its marks. ValueError without the marks."""
+    """Return the README's text with the reports' tables between its marks. ValueError without the marks."""
     before, after = map(re.escape, MARKS)
-    table = f"{MARKS[0]}\n{results_table(reports)}\n{MARKS[1]}"
+    table = f"{MARKS[0]}\n{results_tables(reports)}\n{MARKS[1]}"
     text, found = re.subn(f"{before}.*{after}", lambda _: table, readme, flags=re.DOTALL)
     if not found:
         raise ValueError(f"the README lacks the lines {MARKS[0]!r} and {MARKS[1]!r}")

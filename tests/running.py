@@ -2,18 +2,24 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_cells(name: str, settings: dict) -> dict:
-    """Run a notebook's code cells in this process, with other settings; return the variables they leave."""
+def run_cells(name: str, settings: dict, times: int = 1) -> dict:
+    """Run a notebook's code cells in this process, with other settings; return the variables they leave.
+
+    `times`: how often each cell runs before the next one.
+    """
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     variables = {}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            exec(cell.source, variables)
+            for _ in range(times):
+                exec(cell.source, variables)
+                plt.close("all")  # as a notebook does once they are drawn
             if "parameters" in cell.metadata.get("tags", []):
                 variables.update(settings)
     return variables

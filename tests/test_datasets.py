@@ -67,8 +67,6 @@ def through_all_notebooks(model, data_dir, **settings):
         "blockdrop_inference",
         INFERENCE | paths | {"batch_sizes": [1, 4], "results_dir": str(data_dir / "results")},
     )
-    plt = found["plt"]
-    plt.close("all")
     assert found["report"].numbers["images"] == len(found["testset"])
     assert len(list((data_dir / "results").glob("*.svg"))) >= 9
 

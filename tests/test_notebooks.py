@@ -114,7 +114,7 @@ def test_the_report_is_written(printed):
     assert "Break-even in blocks" in (folder / "results" / "R8_SYN_cpu.md").read_text()
     pictures = sorted(path.name for path in (folder / "results").glob("*.svg"))
     assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_baselines.svg"
-    assert "`R8_SYN`" in report.results_table([found])
+    assert "`R8_SYN`" in report.results_tables([found])
 
 
 def test_running_again_finds_the_work_done(printed):
@@ -128,19 +128,20 @@ def test_running_again_finds_the_work_done(printed):
     assert test_lines(again) == test_lines(texts["blockdrop_training"])
 
 
-def test_stages_can_be_skipped_and_started_from_files(printed):
+def test_stages_can_be_skipped_and_started_from_files(printed, at_root, capsys):
     _, folder = printed
     (policy,) = (folder / "cv" / "trained_policy" / "R8_SYN").glob("ckpt_*.t7")
     (pair,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
-    short = BLOCKDROP | {"max_epochs_training": 1, "max_epochs_finetuning": 1}
-    text = execute("blockdrop_training", folder, short | {"max_epochs_training": 0})
-    assert "Policy training skipped" in text and f"loaded policy from {policy}" in text
-    text = execute("blockdrop_training", folder, short | {"load_policy": str(policy)})
-    assert "Settings changed" in text
-    text = execute(
-        "blockdrop_training", folder, short | {"max_epochs_training": 0, "load_finetuning": str(pair)}
-    )
-    assert "loaded pair from" in text
+
+    def text(**settings):
+        short = {"max_epochs_training": 1, "max_epochs_finetuning": 1, "cv_dir": str(folder / "cv")}
+        run_cells("blockdrop_training", BLOCKDROP | short | settings)
+        return capsys.readouterr().out
+
+    skipped = text(max_epochs_training=0)
+    assert "Policy training skipped" in skipped and f"loaded policy from {policy}" in skipped
+    assert "Settings changed" in text(load_policy=str(policy))
+    assert "loaded pair from" in text(max_epochs_training=0, load_finetuning=str(pair))
 
 
 def test_the_readmes_main_job_runs(tmp_path):
@@ -188,6 +189,34 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed")
     assert run(tmp_path / "killed") == expected
+
+
+def test_every_cell_can_be_run_twice(at_root, tmp_path):
+    """It ends with the same weights and the same answers as when every cell runs once."""
+    few, found = {"max_images": 100, "batch_size": 18}, {}
+    for times in (1, 2):
+        paths = few | {"cv_dir": str(tmp_path / str(times))}
+        sole = run_cells("rnet_sole", SOLE | paths, times)
+        trained = run_cells("blockdrop_training", BLOCKDROP | paths, times)
+        tested = run_cells("blockdrop_inference", INFERENCE | paths | {"results_dir": None}, times)
+        answers = [tested["report"].numbers[key] for key in ("baselines", "keep rate of each block")]
+        found[times] = utils.fingerprint(sole["rnet"], trained["rnet"], trained["agent"]), answers
+    assert found[1] == found[2]
+
+
+def test_the_seed_decides_the_weights(at_root, tmp_path):
+    def weights(folder, seed):
+        settings = BLOCKDROP | {"cv_dir": str(tmp_path / folder), "seed": seed, "deterministic": True}
+        sole = run_cells("rnet_sole", settings | {"epochs": 2})
+        trained = run_cells("blockdrop_training", settings)
+        return [utils.fingerprint(network) for network in (sole["rnet"], trained["rnet"], trained["agent"])]
+
+    try:
+        first, again, other = weights("a", 1), weights("b", 1), weights("c", 2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first == again
+    assert all(a != b for a, b in zip(first, other, strict=True))
 
 
 def test_they_run_on_cifar10(tmp_path, cifar10):

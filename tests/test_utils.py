@@ -79,17 +79,6 @@ def test_syn_gets_noisier_with_difficulty(drawing):
     assert np.corrcoef(rough, drawing.difficulty)[0, 1] > 0.8
 
 
-def test_syn_is_kept_and_a_damaged_cache_drawn_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(syn, "NUM_TRAIN", 50)
-    monkeypatch.setattr(syn, "NUM_TEST", 20)
-    first, _ = utils.get_dataset("R8_SYN", tmp_path)
-    (cache,) = tmp_path.glob("*/train.npz")
-    cache.write_bytes(cache.read_bytes()[:1000])
-    again, test = utils.get_dataset("R8_SYN", tmp_path)
-    assert torch.equal(first.images, again.images) and len(test) == 20
-    assert len(first.difficulty) == 50
-
-
 def test_cifar_is_normalized_for_r32_alone(cifar10):
     for model, normalized in (("R32_C10", True), ("R110_C10", False)):
         train, test = utils.get_dataset(model, cifar10)
@@ -101,15 +90,6 @@ def test_cifar_is_normalized_for_r32_alone(cifar10):
             assert test.mean.flatten()[0].item() == pytest.approx(125.3 / 255)
         torch.testing.assert_close(image, plain)
         assert test.classes[label] == "cat"
-
-
-def test_cifar_without_data_and_network(tmp_path, monkeypatch):
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
-    with pytest.raises(FileNotFoundError, match=r"CIFAR100 is not in .* unpack cifar-100-python\.tar\.gz"):
-        utils.get_dataset("R32_C100", tmp_path)
 
 
 def images(n=12, **options):

@@ -1,0 +1,83 @@
+"""A penalty sweep: finetuning with several penalties, to see how accuracy and blocks trade off.
+
+    python -m models.sweep R20_SYN --penalties -0.5 -1 -2 -5 -p max_epochs_finetuning 12
+
+Each penalty runs `blockdrop_training.ipynb` from the ResNet and the policy that were trained last, with
+checkpoints of its own in `cv/penalties/<penalty>/`; a sweep that was interrupted goes on when it is
+started again. What it found is written to `results/penalties/<model>.json`, which the notebook draws.
+"""
+
+import argparse
+import ast
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import papermill
+
+from models.checkpoints import newest_checkpoint, read_checkpoint
+from models.report import ROOT
+
+FIGURES = ("accuracy", "sparsity", "policies")
+
+
+def sweep(
+    model: str,
+    penalties: Sequence[float],
+    settings: Mapping[str, object] | None = None,
+    cv_dir: str | Path = "cv/",
+    results_dir: str | Path = "results/",
+) -> Path:
+    """Finetune `model` with each penalty; return the JSON file with each one's held-out figures.
+
+    `settings`: others of the notebook's, the same for all. FileNotFoundError without a trained ResNet
+    and a trained policy in `cv_dir`.
+    """
+    start = {
+        folder: newest_checkpoint(
+            f"{cv_dir}/{folder}/{model}", prefix, f"train {model} with the notebooks first"
+        )
+        for folder, prefix in (("trained_rnet", "pk_"), ("trained_policy", "ckpt_"))
+    }
+    runs = []
+    for penalty in penalties:
+        own = Path(cv_dir, "penalties", f"{penalty:g}").resolve()
+        for folder, path in start.items():
+            (own / folder / model).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, own / folder / model)
+        given = {
+            "model": model, "max_epochs_training": 0, "penalty_finetuning": penalty, "cv_dir": str(own),
+        }  # fmt: skip
+        papermill.execute_notebook(
+            ROOT / "blockdrop_training.ipynb",
+            own / f"{model}.ipynb",
+            parameters=dict(settings or {}) | given,
+            cwd=Path.cwd(),
+        )
+        runs.append(
+            found_in(newest_checkpoint(own / "finetuned" / model, "ckpt_", "")) | {"penalty": penalty}
+        )
+    path = Path(results_dir, "penalties", f"{model}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"model": model, "runs": runs}, indent=1) + "\n")
+    return path
+
+
+def found_in(checkpoint: Path) -> dict[str, object]:
+    """Return what a finetuned pair reached on the held-out images in its last epoch, and how."""
+    pair = read_checkpoint(checkpoint)
+    last = pair["history"][-1]
+    figures = {name: last[f"val_{name}"] for name in FIGURES}
+    return figures | {name: pair[name] for name in ("epoch", "seconds", "machine")}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--penalties", type=float, nargs="+", default=(-0.5, -1, -2, -5))
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="settings"
+    )
+    args = parser.parse_args()
+    print("Written:", sweep(args.model, args.penalties, {k: ast.literal_eval(v) for k, v in args.settings}))

@@ -1,0 +1,116 @@
+"""The notebooks in a real JupyterLab, in headless Chromium, in its light and its dark theme.
+
+`pytest tests/test_jupyterlab.py --browser` needs Chromium on the path and `pip install playwright`. It
+leaves a picture of every notebook; the folder is printed with `-s`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import papermill
+import pytest
+from conftest import NOTEBOOKS, ROOT
+from test_notebooks import BLOCKDROP, INFERENCE, SOLE
+
+AFRESH = {"resume": False}  # the second theme trains again
+SETTINGS = dict(zip(NOTEBOOKS, (SOLE | AFRESH, BLOCKDROP | AFRESH, INFERENCE), strict=True))
+MINUTE = 60_000  # milliseconds
+
+
+@pytest.fixture(scope="module")
+def chromium(request):
+    if not request.config.getoption("--browser"):
+        pytest.skip("needs Chromium: pytest --browser")
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium on the path")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def folder(chromium, tmp_path_factory):
+    """The project, its notebooks with small settings and without outputs."""
+    folder = tmp_path_factory.mktemp("lab") / "project"
+    shutil.copytree(ROOT / "models", folder / "models")
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("cifar*"))
+    shutil.copy(ROOT / "utils.py", folder)
+    for name, settings in SETTINGS.items():
+        papermill.execute_notebook(
+            ROOT / f"{name}.ipynb", folder / f"{name}.ipynb", parameters=settings, prepare_only=True
+        )
+    return folder
+
+
+@pytest.fixture(scope="module", params=["JupyterLab Light", "JupyterLab Dark"])
+def lab(request, folder):
+    """A running JupyterLab in one of its themes: its address, and the theme."""
+    preferences = folder.parent / request.param
+    for extension, settings in (
+        ("apputils-extension/themes", {"theme": request.param}),
+        ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
+        # Otherwise only the cells in sight would be in the page.
+        ("notebook-extension/tracker", {"windowingMode": "none"}),
+    ):
+        path = preferences / "@jupyterlab" / f"{extension}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings))
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--port=0",
+         "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"],
+        env=os.environ | {"JUPYTERLAB_SETTINGS_DIR": str(preferences)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    for line in server.stderr:
+        if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+", line):
+            break
+    yield found[0], request.param
+    server.terminate()
+    server.communicate()
+
+
+def test_run_all(lab, chromium, folder):
+    """Every notebook, by the menu's Run All: no error, no warning, bars and sliders drawn."""
+    address, theme = lab
+    for name in NOTEBOOKS:
+        page = chromium.new_page(viewport={"width": 1200, "height": 1000})
+        page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=MINUTE)
+        page.get_by_text("| Idle", exact=False).first.wait_for(timeout=MINUTE)
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+        cells = page.locator(".jp-CodeCell")
+        last = cells.last.locator(".jp-InputPrompt")
+        number = cells.count()
+        page.wait_for_function(
+            "([prompt, number]) => prompt.textContent.includes(`[${number}]`)",
+            arg=[last.element_handle(), number],
+            timeout=5 * MINUTE,
+        )
+        page.wait_for_timeout(2000)  # the last widgets are drawn
+        assert page.locator("body").get_attribute("data-jp-theme-light") == str("Light" in theme).lower()
+        output = page.locator(".jp-OutputArea-output")
+        for wrong in ("application/vnd.jupyter.error", "application/vnd.jupyter.stderr"):
+            assert page.locator(f'[data-mime-type="{wrong}"]').all_text_contents() == [], name
+        assert "Warning" not in " ".join(output.all_text_contents()), name
+        assert page.locator(".jp-OutputArea-output img").count() > 0, name
+        if name != "blockdrop_inference":
+            assert page.locator(".widget-hprogress, .progress").count() > 0
+        else:
+            assert page.locator(".widget-slider").count() == 1
+        picture = folder.parent / f"{name} {theme}.png"
+        height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
+        page.set_viewport_size({"width": 1200, "height": min(height + 200, 16_000)})
+        page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
+        page.wait_for_timeout(1000)
+        page.screenshot(path=picture)
+        print(picture)
+        page.close()
