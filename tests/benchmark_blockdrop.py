@@ -4,14 +4,17 @@
 
 The plain loops are the original's: fp32, contiguous, images augmented one by one in DataLoader
 workers, and two masked forwards with gradients kept for the frozen ResNet too. Ours are the
-functions of blockdrop_training.ipynb. The policy network is untrained: it keeps half of the blocks
-that it decides on. Both take turns; the ratio is that of the medians.
+functions of blockdrop_training.ipynb. The networks are untrained: the policy keeps about half of the blocks
+that it decides on. Both take turns; the ratio is that of the medians. Peak memory is what a stage of ours
+holds beyond the weights.
 """
 
 import argparse
 import contextlib
+import copy
 import io
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -53,13 +56,18 @@ class FewBatches:
 
 
 def notebook(model: str, batch_size: int) -> dict:
-    """Run the training notebook's cells without training; return what they define."""
+    """Run the training notebook's cells without training, from an untrained ResNet; return the variables."""
     matplotlib.use("agg")
-    settings = {"model": model, "batch_size": batch_size}
-    with contextlib.redirect_stdout(io.StringIO()):
-        return run_cells(
-            "blockdrop_training", settings | {"max_epochs_training": 0, "max_epochs_finetuning": 0}
-        )
+    settings = {
+        "model": model,
+        "batch_size": batch_size,
+        "max_epochs_training": 0,
+        "max_epochs_finetuning": 0,
+    }
+    with tempfile.TemporaryDirectory() as cv_dir, contextlib.redirect_stdout(io.StringIO()):
+        untrained, _ = utils.build_model(model)
+        utils.save_checkpoint(f"{cv_dir}/trained_rnet/{model}/pk_.t7", {"resnet": untrained.state_dict()})
+        return run_cells("blockdrop_training", settings | {"cv_dir": cv_dir})
 
 
 def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
@@ -85,13 +93,14 @@ def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
 
 def loops(nb: dict, args, cl_step: int | None) -> dict:
     """Return functions that run a few batches and give each one's seconds; `cl_step` None: finetuning."""
+    utils.seed_everything(0)
     rnet, agent = (network.to(nb["device"]) for network in utils.build_model(args.model))
     both = [*rnet.parameters(), *agent.parameters()]
     plain_optimizer = torch.optim.Adam(both if cl_step is None else agent.parameters(), 1e-6)
     loader = torch.utils.data.DataLoader(
         OneByOne(nb["trainset"]), args.batch_size, shuffle=True, num_workers=torch.get_num_threads()
     )
-    nb["rnet"], nb["agent"] = nb["starting_networks"]()
+    nb["rnet"], nb["agent"] = (copy.deepcopy(n).to(memory_format=torch.channels_last) for n in (rnet, agent))
     nb["rnet_parallel"], nb["agent_parallel"] = nb["rnet"], nb["agent"]
     nb["frozen"] = inference.prepare(nb["rnet"], precision=nb["precision"])
     nb["curriculum"] = lambda epoch: cl_step
@@ -133,8 +142,9 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, way in ways.items():
                 seconds[name] += way()
+        peak = utils.peak_memory(ways["ours"], nb["device"]) / 2**30
         medians = {name: np.median(values) for name, values in seconds.items()}
-        print(f"{stage}: {medians['plain'] / medians['ours']:.2f} times as fast")
+        print(f"{stage}: {medians['plain'] / medians['ours']:.2f} times as fast, {peak:.2f} GiB")
         for name, values in seconds.items():
             low, high = 1000 * np.quantile(values, [0.25, 0.75])
             batch, epoch = 1000 * medians[name], medians[name] * num_batches

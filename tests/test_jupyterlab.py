@@ -106,6 +106,10 @@ def test_run_all(lab, chromium, folder):
             assert page.locator(".widget-hprogress, .progress").count() > 0
         else:
             assert page.locator(".widget-slider").count() == 1
+            box = page.locator(".widget-text input")
+            box.fill("none.png")
+            box.press("Enter")
+            page.get_by_text("there is no image file none.png").wait_for(timeout=MINUTE)
         picture = folder.parent / f"{name} {theme}.png"
         height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
         page.set_viewport_size({"width": 1200, "height": min(height + 200, 16_000)})

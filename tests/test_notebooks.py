@@ -128,7 +128,7 @@ def test_running_again_finds_the_work_done(printed):
     assert test_lines(again) == test_lines(texts["blockdrop_training"])
 
 
-def test_stages_can_be_skipped_and_started_from_files(printed, at_root, capsys):
+def test_stages_can_be_skipped_and_started_from_files(printed, at_root, tmp_path, capsys):
     _, folder = printed
     (policy,) = (folder / "cv" / "trained_policy" / "R8_SYN").glob("ckpt_*.t7")
     (pair,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
@@ -142,6 +142,9 @@ def test_stages_can_be_skipped_and_started_from_files(printed, at_root, capsys):
     assert "Policy training skipped" in skipped and f"loaded policy from {policy}" in skipped
     assert "Settings changed" in text(load_policy=str(policy))
     assert "loaded pair from" in text(max_epochs_training=0, load_finetuning=str(pair))
+    shutil.copytree(folder / "cv" / "trained_rnet", tmp_path / "trained_rnet")
+    neither = text(max_epochs_training=0, max_epochs_finetuning=0, cv_dir=str(tmp_path))
+    assert neither.count("No checkpoint tells the history") == 2
 
 
 def test_the_readmes_main_job_runs(tmp_path):
@@ -217,6 +220,13 @@ def test_the_seed_decides_the_weights(at_root, tmp_path):
         torch.use_deterministic_algorithms(False)
     assert first == again
     assert all(a != b for a, b in zip(first, other, strict=True))
+
+
+def test_an_image_that_is_not_there_is_told_and_the_notebook_goes_on(printed, at_root, capsys):
+    _, folder = printed
+    paths = {"cv_dir": str(folder / "cv"), "results_dir": None}
+    run_cells("blockdrop_inference", INFERENCE | paths | {"image": "none.png", "max_images": 20})
+    assert "there is no image file none.png" in capsys.readouterr().out
 
 
 def test_they_run_on_cifar10(tmp_path, cifar10):

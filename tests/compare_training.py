@@ -1,0 +1,104 @@
+"""Train as the notebooks do and by the plain loop, with several seeds: the same accuracy and blocks?
+
+    python tests/compare_training.py --model R20_SYN --epochs 2 --max-images 3000
+
+The plain loop: fp32, images augmented one by one in DataLoader workers, the frozen ResNet masked, every
+block of it computed for both policies. Both run blockdrop_training.ipynb's cells, policy training and
+finetuning, from the ResNet in cv/trained_rnet/. Printed are the figures on the held-out images.
+"""
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import matplotlib
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmark_training import OneByOne
+from running import run_cells
+
+import utils
+from models import inference
+from models.data import Loader
+
+
+class Masked:
+    """Stands in for a `models.inference.Prepared`: every block is computed, none is shared."""
+
+    def __init__(self, rnet, agent=None, precision="fp32", device=None):
+        self.rnet = rnet
+
+    def __call__(self, x, policy):
+        return self.rnet(x, policy)
+
+    def under_each(self, x, policies):
+        return [self.rnet(x, policy) for policy in policies]
+
+
+class PlainLoader(torch.utils.data.DataLoader):
+    """Stands in for a `utils.Loader` on the CPU: images augmented one by one in worker processes."""
+
+    def __init__(self, dataset, batch_size, device, shuffle=False, workers=0):
+        self.num_images = len(dataset)
+        super().__init__(OneByOne(dataset), batch_size, shuffle, num_workers=2, generator=torch.Generator())
+
+
+def plain_or_ours(dataset, batch_size, device, shuffle=False, workers=0):
+    """Return the plain loader for training, ours for tests."""
+    kind = PlainLoader if shuffle else Loader
+    return kind(dataset, batch_size, device, shuffle, workers)
+
+
+def held_out(args, seed: int, plain: bool) -> dict[str, float]:
+    """Train with a seed; return the last epochs' figures on the held-out images."""
+    settings = {
+        "model": args.model, "batch_size": args.batch_size, "max_images": args.max_images, "seed": seed,
+        "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "cl_pace": 100,
+        "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        cv_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        shutil.copytree(Path("cv/trained_rnet", args.model), cv_dir / "trained_rnet" / args.model)
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        if plain:
+            settings["precision"] = "fp32"
+            stack.enter_context(mock.patch.object(inference, "prepare", Masked))
+            stack.enter_context(mock.patch.object(utils, "Loader", plain_or_ours))
+        found = run_cells("blockdrop_training", settings | {"cv_dir": str(cv_dir)})
+    stages = {"policy training": found["policy_history"], "finetuning": found["finetuning_history"]}
+    return {
+        f"{stage}: {name}": history[-1][f"val_{key}"] * scale
+        for stage, history in stages.items()
+        for name, key, scale in (("accuracy (%)", "accuracy", 100), ("blocks", "sparsity", 1))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="R20_SYN")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2, help="of each stage")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--max-images", type=int, default=None)
+    args = parser.parse_args()
+    matplotlib.use("agg")
+    figures = {
+        way: [held_out(args, seed, way == "plain") for seed in range(args.seeds)] for way in ("plain", "ours")
+    }
+    print(f"{args.model}, {args.epochs} epochs a stage, {args.seeds} seeds, mean and standard deviation")
+    for name in figures["plain"][0]:
+        told = [f"{way} {np.mean(v):6.2f} ± {np.std(v, ddof=1):.2f}" for way, v in (
+            (way, [run[name] for run in runs]) for way, runs in figures.items())]  # fmt: skip
+        print(f"{name:32} {', '.join(told)}")
+
+
+if __name__ == "__main__":
+    main()
