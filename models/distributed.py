@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from models.policy import Policy
+
+PATIENCE = timedelta(hours=2)  # for the first process, which downloads; one that dies ends all at once
 
 
 def join_processes(device: torch.device) -> None:
@@ -27,9 +30,9 @@ def join_processes(device: torch.device) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
+        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)

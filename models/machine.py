@@ -21,11 +21,16 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
     Of several processes that `torchrun` started on a machine, each gets a GPU of its own. On CUDA,
     fp32 is set to mean fp32, where PyTorch's convolutions take TF32 by default; with `deterministic`,
     the same numbers give the same result to the bit, as they do on the CPU anyway.
-    RuntimeError for a device that this machine lacks.
+    RuntimeError for a device that this machine lacks, or where CUDA has started without the latter.
     """
     torch.use_deterministic_algorithms(deterministic)
-    if deterministic:  # cuBLAS reads it when it starts; PyTorch's documentation, "Reproducibility"
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        if torch.cuda.is_initialized():
+            raise RuntimeError(
+                "deterministic = True comes too late: CUDA is in use already; restart the kernel"
+            )
+        # cuBLAS reads it when it starts. Source: PyTorch's documentation, "Reproducibility".
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.is_available():

@@ -3,10 +3,11 @@
 `python -m models.report` puts the results tables that these files make into the README.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -27,24 +28,30 @@ class Report:
         self.numbers: dict[str, object] = {"model": model, "device": device, **about}
 
     def picture(self, name: str, figure: Figure) -> None:
-        """Write a figure as `<model>_<device>_<name>.svg`."""
+        """Write a figure as `<model>_<device>_<name>.svg`. RuntimeError where that fails."""
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            figure.savefig(self.folder / f"{self.name}_{name}.svg", metadata={"Date": None})
+            with self._writing():
+                figure.savefig(self.folder / f"{self.name}_{name}.svg", metadata={"Date": None})
 
     def write(self, table: str) -> list[Path]:
-        """Write the numbers as JSON and a Markdown table; return the files. RuntimeError if that fails."""
+        """Write the numbers as JSON and a Markdown table; return the files. RuntimeError where that fails."""
         if self.folder is None:
             return []
         plain = json.loads(json.dumps(self.numbers), parse_constant=lambda _: None)  # nan is no JSON
         files = {".json": json.dumps(plain, indent=1) + "\n", ".md": table + "\n"}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._writing():
             for ending, text in files.items():
                 (self.folder / f"{self.name}{ending}").write_text(text)
+        return [self.folder / f"{self.name}{ending}" for ending in files]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Make sure of the folder; say what to do where it can't be written."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            yield
         except OSError as error:
             raise RuntimeError(f"could not write the report ({error}): set another results_dir") from error
-        return [self.folder / f"{self.name}{ending}" for ending in files]
 
 
 def results_tables(reports: list[Mapping]) -> str:

@@ -5,6 +5,7 @@
 Each penalty runs `blockdrop_training.ipynb` from the ResNet and the policy that were trained last, with
 checkpoints of its own in `cv/penalties/<penalty>/`; a sweep that was interrupted goes on when it is
 started again. What it found is written to `results/penalties/<model>.json`, which the notebook draws.
+To take one of them, run the notebook with that penalty and the same settings: it ends with the same pair.
 """
 
 import argparse
@@ -72,6 +73,14 @@ def found_in(checkpoint: Path) -> dict[str, object]:
     return figures | {name: pair[name] for name in ("epoch", "seconds", "machine")}
 
 
+def _value(text: str) -> object:
+    """Read a setting as Python writes it; what is none of that is a name, such as bf16."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
@@ -80,4 +89,5 @@ if __name__ == "__main__":
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="settings"
     )
     args = parser.parse_args()
-    print("Written:", sweep(args.model, args.penalties, {k: ast.literal_eval(v) for k, v in args.settings}))
+    settings = {name: _value(value) for name, value in args.settings}
+    print("Written:", sweep(args.model, args.penalties, settings))

@@ -190,9 +190,10 @@ class TrainingRun:
         losses = total(torch.stack(list(losses)))
         if not (finite := losses.isfinite()).all():
             step = finite.logical_not().nonzero()[0].item()
+            kept = f"; {self.last} still holds the epoch before" if self.history else ""
             raise RuntimeError(
                 f"the loss is not finite from step {step} of epoch {self.epoch} on: lower the learning rate "
-                f"and set resume = False to start afresh; {self.last} still holds the epoch before"
+                f"and set resume = False to start afresh{kept}"
             )
         return losses.sum().item() / loader.num_images
 

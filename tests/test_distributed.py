@@ -28,28 +28,33 @@ def dies(self, *args):
 
 mean_loss, utils.TrainingRun.mean_loss = utils.TrainingRun.mean_loss, dies
 """
-# Batch norm in eval mode: nothing but the gradients' average can make a difference.
+# A finetuning in little. Batch norm in eval mode: only the gradients' average can make a difference.
 STEPS = """
 import sys
 import torch
 import torch.nn.functional as F
 import utils
+from models.policy import greedy_policy
 
 utils.join_processes(torch.device("cpu"))
 trainset, _ = utils.get_dataset("R8_SYN", sys.argv[1], 80)
 loader = utils.Loader(trainset, 16, "cpu", shuffle=True)
 utils.seed_everything(1)
-rnet, _ = utils.build_model("R8_SYN")
-network = utils.parallel(rnet.eval())
-optimizer = torch.optim.SGD(rnet.parameters(), 0.01)
+rnet, agent = utils.build_model("R8_SYN")
+rnet_parallel, agent_parallel = utils.parallel(rnet.eval()), utils.parallel(agent.eval())
+optimizer = torch.optim.SGD([*rnet.parameters(), *agent.parameters()], 0.01)
 losses = []
 for inputs, targets in loader:
-    loss = F.cross_entropy(network(inputs), targets)
+    probs = agent_parallel(inputs)[0]
+    logits = rnet_parallel(inputs, greedy_policy(probs))
+    advantage = targets / 9 - 0.5
+    loss = F.cross_entropy(logits, targets) - (probs.log() * advantage[:, None]).sum(1).mean()
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
     losses.append(utils.total(loss.detach() * len(targets)) / 16)
-utils.save_checkpoint("steps.t7", {"resnet": rnet.state_dict(), "losses": torch.stack(losses)})
+state = {"resnet": rnet.state_dict(), "agent": agent.state_dict(), "losses": torch.stack(losses)}
+utils.save_checkpoint("steps.t7", state)
 """
 
 
@@ -125,7 +130,8 @@ def test_gradients_are_the_whole_batchs(tmp_path):
         found.append(utils.read_checkpoint(tmp_path / "steps.t7"))
     one, two = found
     torch.testing.assert_close(two["losses"], one["losses"])
-    torch.testing.assert_close(two["resnet"], one["resnet"])
+    for network in ("resnet", "agent"):
+        torch.testing.assert_close(two[network], one[network])
 
 
 def test_a_death_ends_the_run_and_another_number_goes_on(tmp_path):

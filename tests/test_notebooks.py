@@ -12,7 +12,7 @@ from conftest import NOTEBOOKS, ROOT
 from running import run_cells
 
 import utils
-from models import report
+from models import report, sweep
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu", "batch_size": 64}
 SOLE = SMALL | {"epochs": 2}
@@ -222,6 +222,18 @@ def test_the_seed_decides_the_weights(at_root, tmp_path):
     assert all(a != b for a, b in zip(first, other, strict=True))
 
 
+def test_penalties_are_compared(printed, at_root, tmp_path):
+    """A sweep over one penalty, which the notebook draws then."""
+    _, folder = printed
+    settings = BLOCKDROP | {"data_dir": str(ROOT / "data")}
+    path = sweep.sweep("R8_SYN", [-3.0], settings, folder / "cv", tmp_path)
+    (found,) = json.loads(path.read_text())["runs"]
+    assert found["penalty"] == -3 and found["epoch"] == 2 and 0 <= found["sparsity"] <= 3
+    paths = {"cv_dir": str(folder / "cv"), "results_dir": str(tmp_path)}
+    neither = {"max_epochs_training": 0, "max_epochs_finetuning": 0}
+    assert run_cells("blockdrop_training", BLOCKDROP | neither | paths)["sweeps"] == [path]
+
+
 def test_an_image_that_is_not_there_is_told_and_the_notebook_goes_on(printed, at_root, capsys):
     _, folder = printed
     paths = {"cv_dir": str(folder / "cv"), "results_dir": None}
@@ -245,7 +257,8 @@ def test_they_run_on_cuda(tmp_path):
         ("blockdrop_training", BLOCKDROP),
         ("blockdrop_inference", INFERENCE),
     ):
-        execute(name, tmp_path, settings | {"device": "cuda"})
+        text = execute(name, tmp_path, settings | {"device": "cuda"})
+    assert "How a single image runs: CUDA graphs, alone: CUDA graphs" in text
 
 
 @pytest.mark.parametrize(
