@@ -143,8 +143,8 @@ def measure(
     }
     number = {}  # calls a round
     for name, timer in timers.items():
-        timer.timeit(1)
-        number[name] = max(1, round(seconds / rounds / timer.timeit(1)))
+        slow = timer.timeit(1) > 2 * seconds / rounds  # the first call warms up
+        number[name] = 1 if slow else max(1, round(seconds / rounds / timer.timeit(1)))
     times: dict[str, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
