@@ -22,7 +22,7 @@ from models.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
-from models.data import Images, Loader, get_dataset, hold_out, pixels_and_input
+from models.data import Images, Loader, crop_share, get_dataset, hold_out, pixels_and_input
 from models.distributed import first_goes_first, gathered, join_processes, parallel, total
 from models.machine import (
     autocast,
@@ -58,6 +58,7 @@ __all__ = [
     "choose_device",
     "choose_precision",
     "count_flops",
+    "crop_share",
     "draw_policies",
     "fingerprint",
     "fits_memory",

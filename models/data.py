@@ -362,6 +362,25 @@ class Loader:
             yield self.images.read(indices.to(self.device), self.share, self.generator)
 
 
+def crop_share(epoch: int, epochs: int, small_crops: float) -> float:
+    """Return the share of the images' width that an epoch trains on, of `epochs` counted from 0.
+
+    3/4 in the first ones, a share `small_crops` of all, which saves 7/16 of the FLOPs; then the whole.
+    Idea: Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019.
+    """
+    return 0.75 if epoch < int(small_crops * epochs) else 1
+
+
+def random_crop(images: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
+    """Return a crop of images (n, 3, H, W), `share` of their width and height, at one random place."""
+    height, width = images.shape[2:]
+    rows, columns = round(share * height), round(share * width)
+    top = torch.randint(height - rows + 1, (), generator=generator)
+    left = torch.randint(width - columns + 1, (), generator=generator)
+    crop = images[:, :, top : top + rows, left : left + columns]
+    return crop.contiguous(memory_format=torch.channels_last)
+
+
 def _num_cores() -> int:
     """Return the number of cores that this process may use; more workers only slow each other down."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

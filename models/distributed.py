@@ -34,8 +34,17 @@ def join_processes(device: torch.device) -> None:
     else:
         dist.init_process_group("gloo", timeout=PATIENCE)
     atexit.register(dist.destroy_process_group)
+    sys.excepthook = _end_at_once
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+
+
+def _end_at_once(kind, error, trace) -> None:
+    """Report an error that nothing caught, and end: leaving the others in order would wait for them."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def rank() -> int:

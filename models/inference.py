@@ -287,7 +287,12 @@ def _captured(pool: tuple) -> Callable[[Callable], Callable]:
                 function()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # The outer context: older PyTorch leaves the capture's stream in use where capture fails. The
+        # mode: other threads, such as a loader's that pins memory, may go on using CUDA.
+        with (
+            torch.cuda.stream(torch.cuda.current_stream()),
+            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        ):
             function()
         return graph.replay
 

@@ -63,7 +63,8 @@ def results_tables(reports: list[Mapping]) -> str:
     ]
     time = [
         "| model | machine | ms an image, batch 1: sole, BlockDrop | large batch: sole, BlockDrop "
-        "| BlockDrop wins up to, batch 1 and large | seconds of training: sole, policy, finetuning |",
+        "| break-even in blocks (range), batch 1; large batch "
+        "| seconds of training: sole, policy, finetuning |",
         "|---" * 6 + "|",
     ]
     for report in reports:
@@ -74,7 +75,10 @@ def results_tables(reports: list[Mapping]) -> str:
             f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:.2f}"
             for size in ("1", large)
         }
-        wins = [f"{report['break-even in blocks'][size]:.1f}" for size in ("1", large)]
+        wins = []
+        for size in ("1", large):
+            low, high = report["break-even in blocks, range"][size]
+            wins.append(f"{report['break-even in blocks'][size]:.1f} ({low:.1f} to {high:.1f})")
         training = ["unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()]
         quality.append(
             f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
@@ -83,7 +87,7 @@ def results_tables(reports: list[Mapping]) -> str:
         )
         time.append(
             f"| {model} | {report['machine']}, {report['precision']} | {milliseconds['1']} "
-            f"| {milliseconds[large]} (batch {large}) | {' and '.join(wins)} of {blocks} blocks "
+            f"| {milliseconds[large]} (batch {large}) | {'; '.join(wins)} of {blocks} "
             f"| {'; '.join(training)} |"
         )
     return "\n".join([*quality, "", *time])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-from models.data import Loader
+from models.data import Loader, random_crop
 from models.distributed import average_statistics, num_processes, rank, total
 from models.machine import machine, mixed, seed_everything
 
@@ -173,11 +173,14 @@ class TrainingRun:
                 f"could not write in {self.folder} ({error}): free some space or set another cv_dir"
             ) from error
 
-    def batches(self, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the loader's batches, in this epoch's order; the progress bar moves along."""
+    def batches(self, loader: Loader, crop: float = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the loader's batches, in this epoch's order; the progress bar moves along.
+
+        `crop`: the share of the images' width and height that is seen, at another place in each batch.
+        """
         loader.generator.manual_seed(mixed(self.settings["seed"], self.epoch))
-        for step, batch in enumerate(loader, start=1):
-            yield batch
+        for step, (inputs, labels) in enumerate(loader, start=1):
+            yield (random_crop(inputs, crop, loader.generator) if crop < 1 else inputs), labels
             # Not by 1 / len(loader): the rounding errors would add up to more than an epoch.
             self.bar.update(self.epoch + step / len(loader) - self.bar.n)
         average_statistics(self.networks.values())

@@ -30,6 +30,7 @@ from running import run_cells
 
 import utils
 from models import inference
+from models.data import random_crop
 from models.policy import greedy_policy
 
 ROUNDS = 3  # turns of each loop
@@ -39,16 +40,16 @@ WARMUP = 2  # batches not counted in each turn: the workers start
 class FewBatches:
     """Stands in for a `utils.TrainingRun`: so many batches an epoch, nothing written."""
 
-    def __init__(self, batches: int):
-        self.num_batches, self.times = batches, []
+    def __init__(self, batches: int, device: torch.device):
+        self.num_batches, self.device, self.times = batches, device, []
 
-    def batches(self, loader):
+    def batches(self, loader, crop=1):
         remaining = iter(loader)
         for index in range(self.num_batches + WARMUP):
             start = time.perf_counter()
-            batch = next(remaining)
-            yield batch
-            utils.synchronize(batch[0].device)
+            inputs, labels = next(remaining)
+            yield random_crop(inputs, crop) if crop < 1 else inputs, labels
+            utils.synchronize(self.device)
             if index >= WARMUP:
                 self.times.append(time.perf_counter() - start)
 
@@ -92,7 +93,7 @@ def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
         optimizer.step()
 
 
-def loops(nb: dict, args, cl_step: int | None) -> dict:
+def loops(nb: dict, args, cl_step: int | None, crop: float) -> dict:
     """Return functions that run a few batches and give each one's seconds; `cl_step` None: finetuning."""
     utils.seed_everything(0)
     rnet, agent = (network.to(nb["device"]) for network in utils.build_model(args.model))
@@ -111,13 +112,13 @@ def loops(nb: dict, args, cl_step: int | None) -> dict:
         nb[f"scheduler_{name}"] = torch.optim.lr_scheduler.ConstantLR(nb[f"optimizer_{name}"])
 
     def plain():
-        run = FewBatches(args.batches)
+        run = FewBatches(args.batches, nb["device"])
         plain_loop(nb, run, loader, rnet, agent, plain_optimizer, cl_step is None, cl_step or rnet.num_blocks)
         return run.times
 
     def ours():
-        nb["run"] = FewBatches(args.batches)
-        nb["finetune"]() if cl_step is None else nb["train"](0)
+        nb["run"] = FewBatches(args.batches, nb["device"])
+        nb["finetune"](crop) if cl_step is None else nb["train"](0)
         return nb["run"].times
 
     return {"plain": plain, "ours": ours}
@@ -134,12 +135,13 @@ def main() -> None:
     print(f"{args.model}, batch {args.batch_size}, {utils.machine(nb['device'])}, ours in {nb['precision']}")
     num_batches = len(nb["trainloader"])
     stages = {
-        "policy training, mid-curriculum": nb["num_blocks"] // 2,
-        "policy training, every block decided": nb["num_blocks"],
-        "finetuning": None,
+        "policy training, mid-curriculum": (nb["num_blocks"] // 2, 1),
+        "policy training, every block decided": (nb["num_blocks"], 1),
+        "finetuning, small crops": (None, 0.75),
+        "finetuning, whole images": (None, 1),
     }
-    for stage, cl_step in stages.items():
-        ways = loops(nb, args, cl_step)
+    for stage, (cl_step, crop) in stages.items():
+        ways = loops(nb, args, cl_step, crop)
         if args.memory:
             print(f"{stage}: {utils.peak_memory(ways['ours'], nb['device']) / 2**30:.2f} GiB at the peak")
             continue

@@ -1,4 +1,4 @@
-"""Train as the notebooks do and by the plain loop, with several seeds: the same accuracy and blocks?
+"""Train as the notebook does on whole images and by the plain loop: the same accuracy and blocks?
 
     python tests/compare_training.py --model R20_SYN --epochs 2 --max-images 3000
 
@@ -10,6 +10,7 @@ finetuning, from the ResNet in cv/trained_rnet/. Printed are the figures on the 
 import argparse
 import contextlib
 import io
+import math
 import shutil
 import sys
 import tempfile
@@ -58,10 +59,11 @@ def plain_or_ours(dataset, batch_size, device, shuffle=False, workers=0):
 
 def held_out(args, seed: int, plain: bool) -> dict[str, float]:
     """Train with a seed; return the last epochs' figures on the held-out images."""
+    cl_pace = math.ceil(utils.build_model(args.model)[0].num_blocks / args.epochs)
     settings = {
         "model": args.model, "batch_size": args.batch_size, "max_images": args.max_images, "seed": seed,
-        "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "cl_pace": 100,
-        "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
+        "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "cl_pace": cl_pace,
+        "small_crops": 0, "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         cv_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))

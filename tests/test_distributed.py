@@ -28,6 +28,16 @@ def dies(self, *args):
 
 mean_loss, utils.TrainingRun.mean_loss = utils.TrainingRun.mean_loss, dies
 """
+# The second of two processes raises an error, while the first waits for it.
+RAISES = """
+import torch
+import utils
+
+utils.join_processes(torch.device("cpu"))
+if torch.distributed.get_rank() == 1:
+    raise ValueError("on purpose")
+torch.distributed.barrier()
+"""
 # A finetuning in little. Batch norm in eval mode: only the gradients' average can make a difference.
 STEPS = """
 import sys
@@ -132,6 +142,12 @@ def test_gradients_are_the_whole_batchs(tmp_path):
     torch.testing.assert_close(two["losses"], one["losses"])
     for network in ("resnet", "agent"):
         torch.testing.assert_close(two[network], one[network])
+
+
+def test_an_error_ends_the_run_and_is_told(tmp_path):
+    (tmp_path / "raises.py").write_text(RAISES)
+    status, printed = launch("raises.py", tmp_path, 2)
+    assert status != 0 and "ValueError: on purpose" in printed
 
 
 def test_a_death_ends_the_run_and_another_number_goes_on(tmp_path):

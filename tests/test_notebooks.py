@@ -207,6 +207,23 @@ def test_every_cell_can_be_run_twice(at_root, tmp_path):
     assert found[1] == found[2]
 
 
+def test_small_crops_come_first(at_root, tmp_path, monkeypatch):
+    batches, widths = utils.TrainingRun.batches, []
+
+    def recorded(self, *args):
+        for inputs, labels in batches(self, *args):
+            widths.append(inputs.shape[-1])
+            yield inputs, labels
+
+    monkeypatch.setattr(utils.TrainingRun, "batches", recorded)
+    few = {"max_images": 100, "batch_size": 18, "cv_dir": str(tmp_path)}  # 5 batches an epoch
+    run_cells("rnet_sole", SOLE | few)
+    assert widths == [24] * 5 + [32] * 5
+    widths.clear()
+    run_cells("blockdrop_training", BLOCKDROP | few)
+    assert widths == [32] * 10 + [24] * 5 + [32] * 5
+
+
 def test_the_seed_decides_the_weights(at_root, tmp_path):
     def weights(folder, seed):
         settings = BLOCKDROP | {"cv_dir": str(tmp_path / folder), "seed": seed, "deterministic": True}

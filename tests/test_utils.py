@@ -114,6 +114,26 @@ def test_augmentation_is_a_crop_of_the_padded_image_perhaps_flipped():
     assert labels.tolist() == data.labels.tolist()
 
 
+def test_first_epochs_see_small_crops():
+    assert [data.crop_share(epoch, 4, 0.5) for epoch in range(4)] == [0.75, 0.75, 1, 1]
+    assert data.crop_share(0, 1, 0.9) == 1  # the last epoch sees whole images
+    assert data.crop_share(0, 9, 0) == 1
+
+
+def test_random_crops_are_somewhere_in_the_image():
+    rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
+    images = (8 * rows + columns).float().expand(2, 3, 8, 8)
+    generator = torch.Generator().manual_seed(0)
+    places = set()
+    for _ in range(200):
+        crop = data.random_crop(images, 0.75, generator)
+        top, left = divmod(int(crop[0, 0, 0, 0]), 8)
+        assert torch.equal(crop, images[:, :, top : top + 6, left : left + 6])
+        assert crop.is_contiguous(memory_format=torch.channels_last)
+        places.add((top, left))
+    assert len(places) == 9
+
+
 def test_loader_shows_every_image_once_in_a_new_order():
     loader = utils.Loader(images(25), 8, "cpu", shuffle=True)
     passes = [torch.cat([inputs.flatten(1).sum(1) for inputs, _ in loader]) for _ in range(2)]
