@@ -9,6 +9,7 @@ finetuning, from the ResNet in cv/trained_rnet/. Printed are the figures on the 
 
 import argparse
 import contextlib
+import copy
 import io
 import math
 import shutil
@@ -34,7 +35,7 @@ class Masked:
     """Stands in for a `models.inference.Prepared`: every block is computed, none is shared."""
 
     def __init__(self, rnet, agent=None, precision="fp32", device=None):
-        self.rnet = rnet
+        self.rnet = copy.deepcopy(rnet).eval()
 
     def __call__(self, x, policy):
         return self.rnet(x, policy)
