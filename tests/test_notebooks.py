@@ -216,7 +216,7 @@ def test_small_crops_come_first(at_root, tmp_path, monkeypatch):
             yield inputs, labels
 
     monkeypatch.setattr(utils.TrainingRun, "batches", recorded)
-    few = {"max_images": 100, "batch_size": 18, "cv_dir": str(tmp_path)}  # 5 batches an epoch
+    few = {"small_crops": 0.5, "max_images": 100, "batch_size": 18, "cv_dir": str(tmp_path)}  # 5 batches
     run_cells("rnet_sole", SOLE | few)
     assert widths == [24] * 5 + [32] * 5
     widths.clear()
