@@ -258,13 +258,12 @@ def test_an_image_that_is_not_there_is_told_and_the_notebook_goes_on(printed, at
     assert "there is no image file none.png" in capsys.readouterr().out
 
 
-def test_they_run_on_cifar10(tmp_path, cifar10):
-    small = {"model": "R8_C10"}
-    execute("rnet_sole", tmp_path, SOLE | small)
-    execute("blockdrop_training", tmp_path, BLOCKDROP | small)
-    assert "The difficulty of R8_C10's images is not known" in execute(
-        "blockdrop_inference", tmp_path, INFERENCE | small
-    )
+def test_they_run_on_cifar10(at_root, tmp_path, cifar10, capsys):
+    small = {"model": "R8_C10", "cv_dir": str(tmp_path)}
+    run_cells("rnet_sole", SOLE | small)
+    run_cells("blockdrop_training", BLOCKDROP | small)
+    run_cells("blockdrop_inference", INFERENCE | small | {"results_dir": None})
+    assert "The difficulty of R8_C10's images is not known" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
