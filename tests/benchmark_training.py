@@ -4,10 +4,10 @@
     python tests/benchmark_training.py --model R8_C10 --epochs 3
 
 The plain loop: fp32, contiguous, augmented image by image in DataLoader workers. Ours: data on the
-device in bytes and augmented there, channels last, bf16 where the machine has it, the first epochs on
-crops of 3/4 the width, the last ones on whole images. `--batches` times so many batches of each, in
-turn, and prints the ratios; `--epochs` trains both in full, without small crops unless `--small-crops`
-says so, and prints held-out accuracies too. Peak memory is that of a process that runs ours alone.
+device in bytes and augmented there, channels last, bf16 where the machine has it. `--batches` times so
+many batches of each, in turn, ours on crops of 3/4 the width too, and prints the ratios; `--epochs`
+trains both in full, ours on small crops only where `--small-crops` says so, and prints held-out
+accuracies too. Peak memory is that of a process that runs ours alone.
 """
 
 import argparse
