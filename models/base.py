@@ -1,5 +1,6 @@
-"""The parts that the ResNets are built of."""
+"""The parts that the ResNets are built of, and what hands a block some of the images."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,3 +70,26 @@ class DownsampleB(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(self.avg(x), (0, 0, 0, 0, 0, self.zero_planes))
+
+
+def as_nhwc(x: Tensor) -> Tensor:
+    """View (N, C, H, W) in channels-last memory as (N, H, W, C), contiguous."""
+    return x.permute(0, 2, 3, 1)
+
+
+def as_nchw(x: Tensor) -> Tensor:
+    """View (N, H, W, C) as (N, C, H, W) in channels-last memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def gather(x: Tensor, indices: Tensor) -> Tensor:
+    """Copy some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
+    return as_nchw(as_nhwc(x).index_select(0, indices))
+
+
+def indices_keeping(kept: Tensor, device: torch.device) -> tuple[Tensor, ...]:
+    """Return for each block the indices (n,) of the images that keep it; `kept`: (N, K) booleans on the host.
+
+    The lists of all blocks go to the device at once.
+    """
+    return kept.t().nonzero()[:, 1].to(device).split(kept.sum(0).tolist())

@@ -70,7 +70,7 @@ def parallel(network: nn.Module) -> nn.Module:
 
 
 def average_statistics(networks: Iterable[nn.Module]) -> None:
-    """Set batch norm's running statistics to their mean over the processes."""
+    """Set batch norm's running statistics to their mean over the processes, its counts to the first one's."""
     if not dist.is_initialized():
         return
     for network in networks:
@@ -78,6 +78,8 @@ def average_statistics(networks: Iterable[nn.Module]) -> None:
             if buffer.is_floating_point():
                 dist.all_reduce(buffer)
                 buffer /= num_processes()
+            else:  # a block that no image of a process keeps counts no batch there
+                dist.broadcast(buffer, 0)
 
 
 def total(value: Tensor) -> Tensor:

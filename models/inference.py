@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from models.base import as_nhwc, gather, indices_keeping
 from models.policy import Policy, greedy_policy
 from models.resnet import FlatResNet
 
@@ -92,9 +93,9 @@ class Prepared:
             shared = [*kept_by_all, False].index(False)
             x = self._blocks(self.rnet.seed(x), kept[0], 0, shared)
             differs = [(other != kept[0]).any(1).nonzero().flatten() for other in kept[1:]]
-            rows = torch.cat([torch.arange(len(x)), *differs])
+            images = torch.cat([torch.arange(len(x)), *differs])
             policy = torch.cat([kept[0], *(p[i] for p, i in zip(kept[1:], differs, strict=True))])
-            logits = self._under(_rows(x, rows.to(x.device)), policy, shared)
+            logits = self._under(gather(x, images.to(x.device)), policy, shared)
             first, *others = logits.split([len(x), *map(len, differs)])
             return [
                 first,
@@ -171,14 +172,10 @@ class Prepared:
     def _blocks(self, x: Tensor, kept: Tensor, first: int, last: int) -> Tensor:
         """Run blocks `first` up to `last` on the images that keep them; `x` is overwritten.
 
-        `kept`: (N, K) booleans on the host. The index lists of all blocks are made at once; blocks
-        that all images keep, or none, need none of them.
+        `kept`: (N, K) booleans on the host. Blocks that all images keep, or none, cost no gather.
         """
-        if len(x) == 1:
-            counts, keeping = kept[0].tolist(), ()
-        else:
-            counts = kept.sum(0).tolist()
-            keeping = kept.t().nonzero()[:, 1].to(x.device).split(counts)
+        counts = kept.sum(0).tolist()
+        keeping = indices_keeping(kept, x.device) if len(x) > 1 else ()
         for k in range(first, last):
             shortcut, branch = self.blocks[k]
             passed = x if shortcut is None else shortcut(x)
@@ -187,10 +184,10 @@ class Prepared:
             elif counts[k] == len(x):
                 x = branch(x, passed)
             else:
-                images = keeping[k]
-                out = branch(_rows(x, images), _rows(passed, images))
+                inputs = gather(x, keeping[k])
+                out = branch(inputs, inputs if shortcut is None else gather(passed, keeping[k]))
                 x = passed
-                _channels_last(x).index_copy_(0, images, _channels_last(out))
+                as_nhwc(x).index_copy_(0, keeping[k], as_nhwc(out))
         return x
 
 
@@ -328,16 +325,6 @@ def _branch(convs: list[nn.Conv2d]) -> Callable[[Tensor, Tensor], Tensor]:
         return F.relu_(torch.conv2d(x, *outer).add_(residual))
 
     return run
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """View (N, C, H, W) in channels-last memory as (N, H, W, C), contiguous."""
-    return x.permute(0, 2, 3, 1)
-
-
-def _rows(x: Tensor, images: Tensor) -> Tensor:
-    """Gather some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
-    return _channels_last(x).index_select(0, images).permute(0, 3, 1, 2)
 
 
 def prepare(

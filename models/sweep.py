@@ -46,7 +46,8 @@ def sweep(
     for penalty in penalties:
         own = Path(cv_dir, "penalties", f"{penalty:g}").resolve()
         for folder, path in start.items():
-            (own / folder / model).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(own / folder / model, ignore_errors=True)
+            (own / folder / model).mkdir(parents=True)
             shutil.copy2(path, own / folder / model)
         given = {
             "model": model, "max_epochs_training": 0, "penalty_finetuning": penalty, "cv_dir": str(own),

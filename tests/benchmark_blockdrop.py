@@ -30,7 +30,6 @@ from running import run_cells
 
 import utils
 from models import inference
-from models.data import random_crop
 from models.policy import greedy_policy
 
 ROUNDS = 3  # turns of each loop
@@ -43,12 +42,12 @@ class FewBatches:
     def __init__(self, batches: int, device: torch.device):
         self.num_batches, self.device, self.times = batches, device, []
 
-    def batches(self, loader, crop=1):
+    def batches(self, loader):
         remaining = iter(loader)
         for index in range(self.num_batches + WARMUP):
             start = time.perf_counter()
             inputs, labels = next(remaining)
-            yield random_crop(inputs, crop) if crop < 1 else inputs, labels
+            yield inputs, labels
             utils.synchronize(self.device)
             if index >= WARMUP:
                 self.times.append(time.perf_counter() - start)
@@ -93,7 +92,7 @@ def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
         optimizer.step()
 
 
-def loops(nb: dict, args, cl_step: int | None, crop: float) -> dict:
+def loops(nb: dict, args, cl_step: int | None) -> dict:
     """Return functions that run a few batches and give each one's seconds; `cl_step` None: finetuning."""
     utils.seed_everything(0)
     rnet, agent = (network.to(nb["device"]) for network in utils.build_model(args.model))
@@ -118,7 +117,7 @@ def loops(nb: dict, args, cl_step: int | None, crop: float) -> dict:
 
     def ours():
         nb["run"] = FewBatches(args.batches, nb["device"])
-        nb["finetune"](crop) if cl_step is None else nb["train"](0)
+        nb["finetune"]() if cl_step is None else nb["train"](0)
         return nb["run"].times
 
     return {"plain": plain, "ours": ours}
@@ -135,13 +134,12 @@ def main() -> None:
     print(f"{args.model}, batch {args.batch_size}, {utils.machine(nb['device'])}, ours in {nb['precision']}")
     num_batches = len(nb["trainloader"])
     stages = {
-        "policy training, mid-curriculum": (nb["num_blocks"] // 2, 1),
-        "policy training, every block decided": (nb["num_blocks"], 1),
-        "finetuning, small crops": (None, 0.75),
-        "finetuning, whole images": (None, 1),
+        "policy training, mid-curriculum": nb["num_blocks"] // 2,
+        "policy training, every block decided": nb["num_blocks"],
+        "finetuning": None,
     }
-    for stage, (cl_step, crop) in stages.items():
-        ways = loops(nb, args, cl_step, crop)
+    for stage, cl_step in stages.items():
+        ways = loops(nb, args, cl_step)
         if args.memory:
             print(f"{stage}: {utils.peak_memory(ways['ours'], nb['device']) / 2**30:.2f} GiB at the peak")
             continue

@@ -1,5 +1,7 @@
 """Networks: the three forwards agree, names are the original's, torchvision's logits come out."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -64,6 +66,36 @@ def test_a_dropped_block_gets_no_gradient(rnet):
     rnet(torch.rand(1, 3, 32, 32), policy).sum().backward()
     assert not rnet.blocks[1][0].conv1.weight.grad.any()
     assert rnet.blocks[1][1].conv1.weight.grad.any()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_skipping_dropped_blocks_gives_the_masked_gradients(rnet, autocast):
+    images = torch.rand(8, 3, 32, 32)
+    policies = torch.randint(2, (8, 6)).float()
+    policies[:, 1], policies[:, 5] = 0, 1  # by none, by all; 2 and 4, by some, change the shape
+    gradients = []
+    for skip_dropped in (False, True):
+        rnet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = rnet(images, policies, skip_dropped)
+        logits.float().square().sum().backward()
+        gradients.append([parameter.grad for parameter in rnet.parameters()])
+    for masked, skipped in zip(*gradients, strict=True):
+        tolerance = (0.05 if autocast else 1e-5) * max(1, masked.abs().max().item())
+        torch.testing.assert_close(skipped, masked, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("keeping", [0, 2, 4])
+def test_batch_norm_sees_the_images_that_keep_a_block(rnet, keeping):
+    images, policies = torch.rand(4, 3, 32, 32), torch.ones(4, 6)
+    policies[keeping:, 1] = 0
+    block, alone = rnet.blocks[0][1], copy.deepcopy(rnet)
+    block.train()
+    rnet(images, policies, skip_dropped=True)
+    if keeping:
+        alone.blocks[0][1].train()
+        alone.forward_full(images[:keeping])
+    torch.testing.assert_close(block.bn2.running_mean, alone.blocks[0][1].bn2.running_mean)
 
 
 @pytest.mark.parametrize("policy", [torch.ones(2, 5), torch.ones(6), torch.ones(3, 6)])

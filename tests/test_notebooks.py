@@ -91,8 +91,8 @@ def test_they_write_their_checkpoints(printed):
     assert pair["policy_seconds"] > 0 and {"resnet", "agent"} <= pair.keys()
 
 
-def test_the_report_agrees_with_the_masked_forward(printed):
-    """Image by image, blocks not computed, gives the accuracy that training measured in batches."""
+def test_image_by_image_gives_the_accuracy_of_batches(printed):
+    """What training measured when it ended, in batches, and the inference notebook, one by one."""
     texts, folder = printed
     (path,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
     accuracy = utils.read_checkpoint(path)["acc"]
@@ -219,9 +219,20 @@ def test_small_crops_come_first(at_root, tmp_path, monkeypatch):
     few = {"small_crops": 0.5, "max_images": 100, "batch_size": 18, "cv_dir": str(tmp_path)}  # 5 batches
     run_cells("rnet_sole", SOLE | few)
     assert widths == [24] * 5 + [32] * 5
-    widths.clear()
-    run_cells("blockdrop_training", BLOCKDROP | few)
-    assert widths == [32] * 10 + [24] * 5 + [32] * 5
+
+
+@pytest.mark.parametrize("skip_dropped", [True, False])
+def test_finetuning_skips_dropped_blocks_or_hides_them(at_root, tmp_path, monkeypatch, skip_dropped):
+    forward, skipped = utils.FlatResNet.forward, []
+
+    def recorded(self, x, policy=None, skip_dropped=False):
+        skipped.append(skip_dropped)
+        return forward(self, x, policy, skip_dropped)
+
+    run_cells("rnet_sole", SOLE | {"cv_dir": str(tmp_path)})
+    monkeypatch.setattr(utils.FlatResNet, "forward", recorded)
+    run_cells("blockdrop_training", BLOCKDROP | {"cv_dir": str(tmp_path), "skip_dropped": skip_dropped})
+    assert skipped and set(skipped) == {skip_dropped}
 
 
 def test_the_seed_decides_the_weights(at_root, tmp_path):

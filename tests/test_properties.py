@@ -35,8 +35,8 @@ def test_masked_single_and_conditional_agree(network, batch):
     rnet, images, policies = network_and_batch(network, batch)
     masked = rnet(images, policies)
     scale = masked.abs().max().item() if len(images) else 1
-    conditional = inference.prepare(rnet)(images, policies)
-    torch.testing.assert_close(conditional / scale, masked / scale, atol=1e-4, rtol=0)
+    for conditional in (rnet(images, policies, skip_dropped=True), inference.prepare(rnet)(images, policies)):
+        torch.testing.assert_close(conditional / scale, masked / scale, atol=1e-4, rtol=0)
     for image, policy, logits in zip(images, policies, masked, strict=True):
         single = rnet.forward_single(image[None], policy)[0]
         torch.testing.assert_close(single / scale, logits / scale, atol=1e-4, rtol=0)
