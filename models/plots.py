@@ -43,7 +43,9 @@ def whole_numbers(*axes: Axis) -> None:
 
 
 def mark_segments(axes: Axes, layer_config: Sequence[int]) -> None:
-    """Draw a line between the segments of a ResNet whose blocks are numbered along x from 1."""
+    """Number a ResNet's blocks along x, from 1, with a line between its segments."""
+    axes.set(xlabel="block", xlim=(0.5, sum(layer_config) + 0.5))
+    whole_numbers(axes.xaxis)
     for last in list(accumulate(layer_config))[:-1]:
         axes.axvline(last + 0.5, color=GRAY, linewidth=0.8, linestyle="-")
 
@@ -54,10 +56,9 @@ def draw_policies(axes: Axes, policies: Tensor, layer_config: Sequence[int], lab
         for block, kept in enumerate(policy, start=1):
             axes.plot(block, row, "o", markersize=4, color=BLUE if kept else "none", markeredgecolor=GRAY)
     mark_segments(axes, layer_config)
-    axes.set(xlabel="block", xlim=(0, policies.shape[1] + 1), ylim=(len(policies) - 0.5, -0.5))
+    axes.set_ylim(len(policies) - 0.5, -0.5)
     axes.set_yticks(range(len(policies)), labels)
     axes.grid(False)
-    whole_numbers(axes.xaxis)
 
 
 def show_image(axes: Axes, pixels: Tensor, title: str) -> None:

@@ -88,7 +88,7 @@ def test_cifar100(cifar100, at_root, model):
 def test_imagenet(imagenet, at_root, request):
     if not request.config.getoption("--long"):
         pytest.skip("takes minutes: pytest --long")
-    through_all_notebooks("R50_ImgNet", imagenet, batch_size=6, batch_size_test=6, holdout=0.25, workers=2)
+    through_all_notebooks("R101_ImgNet", imagenet, batch_size=6, batch_size_test=6, holdout=0.25, workers=2)
 
 
 def test_an_unreadable_image_is_named(imagenet):
