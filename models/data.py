@@ -37,7 +37,7 @@ class Images(Dataset):
 
     `images`: (N, 3, H, W) uint8. `labels`: (N,) int64. `difficulty`: (N,) float32, or None where
     it is not known. `statistics`: mean and deviation per channel. With `augment`, reading pads by
-    4 black pixels, crops at random to the old size and flips every second image.
+    4 black pixels, crops at random to the old size and flips with probability 1/2.
     """
 
     PADDING = 4  # pixels

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -34,9 +35,10 @@ class Prepared:
     """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
 
     def __init__(self, rnet: FlatResNet, agent: Policy | None, precision: str, device: torch.device):
-        self.precision, self.dtype, self.device = precision, DTYPES[precision], device
+        self.precision, self.dtype = precision, DTYPES[precision]
         to = {"dtype": self.dtype, "device": device, "memory_format": torch.channels_last}
         self.rnet = fold(rnet).to(**to)
+        self.device = self.rnet.fc.weight.device
         self.blocks = _flattened(self.rnet)
         self.agent = None
         if agent is not None:
@@ -107,11 +109,12 @@ class Prepared:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        """No gradients; on CUDA, fp32 in full or as TF32, whatever the process has chosen."""
-        with torch.inference_mode():
-            if self.device.type != "cuda":
+        """No gradients; on CUDA, this GPU, and fp32 in full or as TF32, whatever the process has chosen."""
+        if self.device.type != "cuda":
+            with torch.inference_mode():
                 yield
-                return
+            return
+        with torch.inference_mode(), torch.cuda.device(self.device):
             backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
             before = [backend.fp32_precision for backend in backends]
             for backend in backends:
@@ -126,7 +129,7 @@ class Prepared:
         """Return images in the network's precision and memory format."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, 3, H, W)")
-        if x.device != self.rnet.fc.weight.device:
+        if x.device != self.device:
             raise ValueError(f"the images are on {x.device}, the network on {self.device}: move one of them")
         return x.to(self.dtype, memory_format=torch.channels_last)
 
@@ -221,23 +224,32 @@ class _SingleImage:
                 self.states.append(x)
         self.logits = rnet.classify(x).float()
         self.classify = step(self.logits, rnet.classify, x)
+        self.results = [self.logits]
         if net.agent is None:
             self.all = step(self.logits, net._alone, self.image)
         else:
             self.policy = net._decide(self.image)
             self.decision = step(self.policy, net._decide, self.image)
+            self.results.append(self.policy)
         self._compare_with(net, image)
 
     def _compare_with(self, net: Prepared, image: Tensor) -> None:
         """Raise RuntimeError where the steps don't give what the network gives without capture."""
-        pairs = [(self.alone(image), net._alone(image))] if net.agent is None else []
+
+        def replayed(run: Callable[..., Tensor], *args: Tensor) -> Tensor:
+            for result in self.results:  # what a step that does nothing would leave
+                result.fill_(math.nan)
+            return run(*args)
+
+        image = 1 - image  # another one than that of which the states are left
+        pairs = [(replayed(self.alone, image), net._alone(image))] if net.agent is None else []
         for first in (0, 1):  # every second block
             kept = torch.arange(first, first + len(self.kept))[None] % 2 == 0
-            pairs.append((self.under(image, kept), net._under(net.rnet.seed(image), kept, 0)))
+            pairs.append((replayed(self.under, image, kept), net._under(net.rnet.seed(image), kept, 0)))
         for ours, expected in pairs:
             if not torch.linalg.norm(ours - expected) <= 0.01 * torch.linalg.norm(expected):
                 raise RuntimeError("the captured steps gave other logits")
-        if net.agent is not None and not torch.equal(self.decide(image), net._decide(image)):
+        if net.agent is not None and not torch.equal(replayed(self.decide, image), net._decide(image)):
             raise RuntimeError("the captured steps gave another policy")
 
     def alone(self, image: Tensor) -> Tensor:

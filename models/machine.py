@@ -25,7 +25,7 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
     """
     torch.use_deterministic_algorithms(deterministic)
     if deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
-        if torch.cuda.is_initialized():
+        if device != "cpu" and torch.cuda.is_initialized():
             raise RuntimeError(
                 "deterministic = True comes too late: CUDA is in use already; restart the kernel"
             )

@@ -19,16 +19,33 @@ MARKS = ("<!-- results: made by python -m models.report -->", "<!-- end of resul
 class Report:
     """Numbers, pictures and a table of one model on one device, written to `folder`.
 
-    The files begin with `<model>_<device>`. Without a folder (None) nothing is written.
+    The files begin with `<model>_<device>`, and tell another precision than fp32 and `max_images`
+    where it is set: a quick look doesn't replace the report of all images. Without a folder (None)
+    nothing is written.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, model: str, device: str, **about: object):
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        model: str,
+        device: str,
+        precision: str = "fp32",
+        max_images: int | None = None,
+        **about: object,
+    ):
         self.folder = None if folder is None else Path(folder)
-        self.name = f"{model}_{device}"
-        self.numbers: dict[str, object] = {"model": model, "device": device, **about}
+        unusual = [precision] * (precision != "fp32") + [f"{max_images}images"] * (max_images is not None)
+        self.name = "_".join([model, device, *unusual])
+        self.numbers: dict[str, object] = {
+            "model": model,
+            "device": device,
+            "precision": precision,
+            "max_images": max_images,
+            **about,
+        }
 
     def picture(self, name: str, figure: Figure) -> None:
-        """Write a figure as `<model>_<device>_<name>.svg`. RuntimeError where that fails."""
+        """Write a figure as `<model>_<device>…_<name>.svg`. RuntimeError where that fails."""
         if self.folder is not None:
             with self._writing():
                 figure.savefig(self.folder / f"{self.name}_{name}.svg", metadata={"Date": None})
@@ -71,15 +88,19 @@ def results_tables(reports: list[Mapping]) -> str:
         sole, ours = report["sole"], report["blockdrop"]
         model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
         milliseconds = {
-            size: f"{1000 * report['seconds per image']['sole ResNet'][size]:.2f}, "
-            f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:.2f}"
+            size: f"{1000 * report['seconds per image']['sole ResNet'][size]:#.3g}, "
+            f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:#.3g}"
             for size in ("1", large)
         }
         wins = []
         for size in ("1", large):
             low, high = report["break-even in blocks, range"][size]
             wins.append(f"{report['break-even in blocks'][size]:.1f} ({low:.1f} to {high:.1f})")
-        training = ["unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()]
+        training = "; ".join(
+            "unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()
+        )
+        if report["training machine"] != report["machine"]:
+            training += f" ({report['training machine'] or 'machine unknown'})"
         quality.append(
             f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
             f"| {ours['blocks kept']:.2f} of {blocks} | {ours['distinct policies']} "
@@ -88,7 +109,7 @@ def results_tables(reports: list[Mapping]) -> str:
         time.append(
             f"| {model} | {report['machine']}, {report['precision']} | {milliseconds['1']} "
             f"| {milliseconds[large]} (batch {large}) | {'; '.join(wins)} of {blocks} "
-            f"| {'; '.join(training)} |"
+            f"| {training} |"
         )
     return "\n".join([*quality, "", *time])
 
@@ -106,4 +127,5 @@ def with_results(readme: str, reports: list[Mapping]) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     reports = [json.loads(file.read_text()) for file in sorted((ROOT / "results").glob("*.json"))]
-    path.write_text(with_results(path.read_text(), reports))
+    whole = [report for report in reports if report["max_images"] is None]
+    path.write_text(with_results(path.read_text(), whole))

@@ -34,8 +34,13 @@ def sweep(
     """Finetune `model` with each penalty; return the JSON file with each one's held-out figures.
 
     `settings`: others of the notebook's, the same for all. FileNotFoundError without a trained ResNet
-    and a trained policy in `cv_dir`.
+    and a trained policy in `cv_dir`, ValueError for a setting that the sweep makes itself.
     """
+    settings = dict(settings or {})
+    if own_settings := settings.keys() & {"model", "max_epochs_training", "penalty_finetuning", "cv_dir"}:
+        raise ValueError(f"a sweep sets {' and '.join(sorted(own_settings))} itself: leave it out")
+    if settings.get("max_epochs_finetuning") == 0:
+        raise ValueError("max_epochs_finetuning is 0: a sweep needs 1 or more")
     start = {
         folder: newest_checkpoint(
             f"{cv_dir}/{folder}/{model}", prefix, f"train {model} with the notebooks first"
@@ -55,11 +60,12 @@ def sweep(
         papermill.execute_notebook(
             ROOT / "blockdrop_training.ipynb",
             own / f"{model}.ipynb",
-            parameters=dict(settings or {}) | given,
+            parameters=settings | given,
             cwd=Path.cwd(),
         )
         runs.append(
-            found_in(newest_checkpoint(own / "finetuned" / model, "ckpt_", "")) | {"penalty": penalty}
+            found_in(newest_checkpoint(own / "finetuned" / model, "ckpt_", "finetuning left none"))
+            | {"penalty": penalty}
         )
     path = Path(results_dir, "penalties", f"{model}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,6 +96,8 @@ if __name__ == "__main__":
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="settings"
     )
+    parser.add_argument("--cv-dir", default="cv/", help="where checkpoints lie")
+    parser.add_argument("--results-dir", default="results/", help="where what it found is written")
     args = parser.parse_args()
     settings = {name: _value(value) for name, value in args.settings}
-    print("Written:", sweep(args.model, args.penalties, settings))
+    print("Written:", sweep(args.model, args.penalties, settings, args.cv_dir, args.results_dir))

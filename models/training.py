@@ -98,6 +98,7 @@ class TrainingRun:
         self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float | list[float]]] = []
         self.seconds = seconds
+        self.machine, self.processes = None, num_processes()  # of the epochs done so far
         self.last = self.folder / "last.t7"
         if resume and self.last.is_file():
             self._resume()
@@ -124,6 +125,7 @@ class TrainingRun:
             return
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.seconds = state["history"], state["seconds"]
+        self.machine, self.processes = state.get("machine"), state.get("processes")
         left = self.epochs - len(self.history)
         if left:
             for name, part in self.progress.items():
@@ -213,17 +215,24 @@ class TrainingRun:
                     self.writer.add_scalar(f"{name}/{block}", part, epoch)
             else:
                 self.writer.add_scalar(name, value, epoch)
+        here = machine(next(next(iter(self.networks.values())).parameters()).device)
+        if self.machine is None or here not in self.machine.split("; "):
+            self.machine = f"{self.machine}; {here}" if self.machine else here
+        self.processes = num_processes()
         parts = {name: part.state_dict() for name, part in self.progress.items()}
         save_checkpoint(self.last, self.state() | parts)
         print(self.line.format(**self.history[-1]))
 
     def state(self) -> dict:
-        """Return what a checkpoint of this run should hold: weights, history, settings, seconds, machine."""
+        """Return what a checkpoint of this run should hold.
+
+        Weights, history, settings, seconds; `machine`: where its epochs ran, several parted by "; ".
+        """
         return {name: network.state_dict() for name, network in self.networks.items()} | {
             "epoch": len(self.history),
             "history": self.history,
             "settings": self.settings,
             "seconds": self.seconds,
-            "machine": machine(next(next(iter(self.networks.values())).parameters()).device),
-            "processes": num_processes(),
+            "machine": self.machine,
+            "processes": self.processes,
         }

@@ -20,6 +20,13 @@ def test_exploration_bounds_probabilities(algorithm):
     torch.testing.assert_close(explored, torch.tensor([0.2, 0.35, 0.5, 0.8]))
 
 
+def test_sampled_policies_follow_their_probabilities(algorithm):
+    torch.manual_seed(0)
+    sampled = algorithm.sample(torch.tensor([0.0, 0.3, 1.0]).expand(20000, 3))
+    assert sampled.unique().tolist() == [0, 1]
+    torch.testing.assert_close(sampled.mean(0), torch.tensor([0.0, 0.3, 1.0]), atol=0.015, rtol=0)
+
+
 def test_curriculum_decides_one_more_block_each_epoch(algorithm):
     assert [algorithm.curriculum(epoch) for epoch in range(6)] == [1, 2, 3, 4, 4, 4]
 

@@ -44,6 +44,7 @@ import sys
 import torch
 import torch.nn.functional as F
 import utils
+from models.distributed import num_processes, rank
 from models.policy import greedy_policy
 
 utils.join_processes(torch.device("cpu"))
@@ -56,7 +57,10 @@ optimizer = torch.optim.SGD([*rnet.parameters(), *agent.parameters()], 0.01)
 losses = []
 for inputs, targets in loader:
     probs = agent_parallel(inputs)[0]
-    logits = rnet_parallel(inputs, greedy_policy(probs))
+    policy = greedy_policy(probs)
+    first = torch.full((len(inputs),), rank()) if num_processes() > 1 else torch.arange(len(inputs)) % 2
+    policy[:, 0] = first  # a block that the first process's images drop, and the second one's keep
+    logits = rnet_parallel(inputs, policy, True)
     advantage = targets / 9 - 0.5
     loss = F.cross_entropy(logits, targets) - (probs.log() * advantage[:, None]).sum(1).mean()
     optimizer.zero_grad()

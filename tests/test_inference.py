@@ -107,6 +107,21 @@ def test_steps_that_go_wrong_are_noticed(networks):
 
 
 @torch.no_grad()
+def test_a_decision_that_is_left_out_is_noticed(networks):
+    net, image, steps = inference.prepare(*networks), torch.rand(1, 3, 32, 32), []
+
+    def capture(function):
+        steps.append(function)
+        return function
+
+    with torch.inference_mode():
+        inference._SingleImage(net, image, capture)
+        before = iter(range(1, len(steps)))  # the decision is captured last
+        with pytest.raises(RuntimeError, match="gave another policy"):
+            inference._SingleImage(net, image, lambda function: function if next(before, 0) else lambda: None)
+
+
+@torch.no_grad()
 def test_the_masked_way_decides_and_computes_alike(networks):
     rnet, agent = networks
     net = inference.prepare(rnet, agent)

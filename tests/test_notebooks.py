@@ -33,9 +33,9 @@ BLOCKDROP = SMALL | {
 }
 
 
-def execute(name, folder, settings):
+def execute(name, folder, settings, cv_dir=None):
     """Run a notebook with its checkpoints in `folder`; return what its cells printed."""
-    paths = {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")}
+    paths = {"cv_dir": str(cv_dir or folder / "cv"), "data_dir": str(ROOT / "data")}
     if name == "blockdrop_inference":
         paths["results_dir"] = str(folder / "results")
     path = folder / f"{name}.ipynb"
@@ -102,7 +102,7 @@ def test_image_by_image_gives_the_accuracy_of_batches(printed):
 
 def test_the_report_is_written(printed):
     _, folder = printed
-    found = json.loads((folder / "results" / "R8_SYN_cpu.json").read_text())
+    found = json.loads((folder / "results" / "R8_SYN_cpu_300images.json").read_text())
     assert found["images"] == 300 and found["blocks"] == 3
     assert found["sole"]["blocks kept"] == 3 and 0 <= found["blockdrop"]["blocks kept"] <= 3
     assert found["baselines"]["every block"]["sole ResNet"] == pytest.approx(
@@ -111,9 +111,9 @@ def test_the_report_is_written(printed):
     assert found["baselines"]["learned, per image"]["finetuned ResNet"] == pytest.approx(
         found["blockdrop"]["accuracy"], abs=0.004
     )
-    assert "Break-even in blocks" in (folder / "results" / "R8_SYN_cpu.md").read_text()
+    assert "Break-even in blocks" in (folder / "results" / "R8_SYN_cpu_300images.md").read_text()
     pictures = sorted(path.name for path in (folder / "results").glob("*.svg"))
-    assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_baselines.svg"
+    assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_300images_baselines.svg"
     assert "`R8_SYN`" in report.results_tables([found])
 
 
@@ -149,22 +149,11 @@ def test_stages_can_be_skipped_and_started_from_files(printed, at_root, tmp_path
 
 def test_the_readmes_main_job_runs(tmp_path):
     """The shipped pair on the built-in data, on fewer images."""
-    notebook = papermill.execute_notebook(
-        ROOT / "blockdrop_inference.ipynb",
-        tmp_path / "out.ipynb",
-        parameters={
-            "model": "R20_SYN",
-            "max_images": 100,
-            "seconds": 0.01,
-            "static_images": 50,
-            "data_dir": str(ROOT / "data"),
-            "results_dir": str(tmp_path),
-        },
-        cwd=ROOT,
-        progress_bar=False,
-    )
-    text = str(notebook)
-    assert "Distinct policies" in text and "Break-even in images" in text
+    few = {"model": "R20_SYN", "max_images": 100, "seconds": 0.01, "static_images": 50}
+    printed = execute("blockdrop_inference", tmp_path, few, cv_dir=ROOT / "cv")
+    assert "loaded resnet and agent from" in printed and "sole ResNet it was trained from" not in printed
+    table = (tmp_path / "results" / "R20_SYN_cpu_100images.md").read_text()
+    assert "Distinct policies" in table and "Break-even in images" in table
 
 
 @pytest.mark.parametrize("epochs_before_kill", [0, 1, 3])
@@ -235,6 +224,36 @@ def test_finetuning_skips_dropped_blocks_or_hides_them(at_root, tmp_path, monkey
     assert skipped and set(skipped) == {skip_dropped}
 
 
+def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
+    """In both stages the loss gets the sampled policy, and its reward minus the greedy one's."""
+    _, folder = printed
+    nb = run_cells("blockdrop_training", BLOCKDROP | {"cv_dir": str(folder / "cv")})
+    get_reward, policy_loss, rewards, held = nb["get_reward"], nb["policy_loss"], [], []
+
+    def recorded_reward(logits, targets, policy, penalty):
+        rewards.append((policy, get_reward(logits, targets, policy, penalty)[0]))
+        return get_reward(logits, targets, policy, penalty)
+
+    def recorded_loss(explored, sampled, advantage, *more, **options):
+        (greedy,) = (reward for policy, reward in rewards[-2:] if policy is not sampled)
+        (ours,) = (reward for policy, reward in rewards[-2:] if policy is sampled)
+        held.append(torch.equal(advantage, ours - greedy))
+        return policy_loss(explored, sampled, advantage, *more, **options)
+
+    class OneBatch:
+        def batches(self, loader):
+            return [next(iter(loader))]
+
+        def mean_loss(self, losses, loader):
+            return losses[0].item()
+
+    nb |= {"get_reward": recorded_reward, "policy_loss": recorded_loss, "run": OneBatch()}
+    nb["scheduler_rnet"] = nb["scheduler_agent"] = torch.optim.lr_scheduler.ConstantLR(nb["optimizer_agent"])
+    nb["train"](1)
+    nb["finetune"]()
+    assert held == [True, True]
+
+
 def test_the_seed_decides_the_weights(at_root, tmp_path):
     def weights(folder, seed):
         settings = BLOCKDROP | {"cv_dir": str(tmp_path / folder), "seed": seed, "deterministic": True}
@@ -294,6 +313,11 @@ def test_they_run_on_cuda(tmp_path):
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
         ("blockdrop_training", {"penalty": 1}, "penalty is 1, expected a number, below 0"),
+        (
+            "blockdrop_training",
+            {"max_epochs_training": 0, "load_policy": "a.t7"},
+            "name the file in load_fine",
+        ),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
         ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),

@@ -56,6 +56,17 @@ def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0
     return rnet, run
 
 
+def test_a_checkpoint_tells_the_machines_that_its_epochs_ran_on(tmp_path, monkeypatch):
+    def on(name, **kill):
+        monkeypatch.setattr("models.training.machine", lambda device: name)
+        return training(tmp_path, **kill)[1]
+
+    with pytest.raises(Killed):
+        on("one", kill_at=1)
+    assert on("another").state()["machine"] == "one; another"
+    assert on("a third").state()["machine"] == "one; another"  # nothing was left to train
+
+
 def weights(rnet):
     return torch.cat([value.flatten().double() for value in rnet.state_dict().values()])
 
