@@ -273,6 +273,9 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     """A sweep over one penalty, which the notebook draws then."""
     _, folder = printed
     settings = BLOCKDROP | {"data_dir": str(ROOT / "data")}
+    with pytest.raises(ValueError, match="a sweep sets max_epochs_training and model itself"):
+        sweep.sweep("R8_SYN", [-3.0], settings, folder / "cv", tmp_path)
+    del settings["max_epochs_training"], settings["model"]
     path = sweep.sweep("R8_SYN", [-3.0], settings, folder / "cv", tmp_path)
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 2 and 0 <= found["sparsity"] <= 3
