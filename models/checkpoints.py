@@ -90,7 +90,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{path} can't be read: {error}") from error
+        raise CheckpointError(
+            f"{path} can't be read ({error}): it may be truncated. "
+            "Get the file again, or train it with the notebooks"
+        ) from error
     except pickle.UnpicklingError as error:
         foreign = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
         reason = (
