@@ -37,7 +37,7 @@ from models.machine import (
 from models.names import ModelName, parse_model
 from models.plots import BLUE, GRAY, WIDTH, draw_policies, mark_segments, show_image, use_style, whole_numbers
 from models.policy import Policy, Policy32, Policy224
-from models.report import Report
+from models.report import Report, three_digits
 from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
 from models.training import TrainingRun, check_warmup, fits_memory, one_cycle
 
@@ -86,6 +86,7 @@ __all__ = [
     "seed_everything",
     "show_image",
     "synchronize",
+    "three_digits",
     "total",
     "use_style",
     "whole_numbers",

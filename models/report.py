@@ -71,6 +71,11 @@ class Report:
             raise RuntimeError(f"could not write the report ({error}): set another results_dir") from error
 
 
+def three_digits(number: float) -> str:
+    """Write a number in three significant digits, or whole from 1,000 on."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:#.3g}".rstrip(".")
+
+
 def results_tables(reports: list[Mapping]) -> str:
     """Return the README's Markdown tables, a row a report: what is gained and lost, and the time."""
     quality = [
@@ -88,8 +93,10 @@ def results_tables(reports: list[Mapping]) -> str:
         sole, ours = report["sole"], report["blockdrop"]
         model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
         milliseconds = {
-            size: f"{1000 * report['seconds per image']['sole ResNet'][size]:#.3g}, "
-            f"{1000 * report['seconds per image']['BlockDrop, conditional'][size]:#.3g}"
+            size: ", ".join(
+                three_digits(1000 * report["seconds per image"][name][size])
+                for name in ("sole ResNet", "BlockDrop, conditional")
+            )
             for size in ("1", large)
         }
         wins = []

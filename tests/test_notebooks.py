@@ -45,6 +45,7 @@ def execute(name, folder, settings, cv_dir=None):
         parameters=settings | paths,
         cwd=ROOT,
         progress_bar=False,
+        execution_timeout=600,  # seconds a cell
     )
     return "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream")
 
@@ -115,6 +116,15 @@ def test_the_report_is_written(printed):
     pictures = sorted(path.name for path in (folder / "results").glob("*.svg"))
     assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_300images_baselines.svg"
     assert "`R8_SYN`" in report.results_tables([found])
+
+
+def test_no_widget_is_drawn_in_while_a_cell_runs(printed):
+    """Jupyter's client answers each such output on the channel it waits on, and may miss the cell's end."""
+    _, folder = printed
+    notebook = nbformat.read(folder / "blockdrop_inference.ipynb", as_version=4)
+    (widgets,) = notebook.metadata.widgets.values()
+    outputs = [w["state"] for w in widgets["state"].values() if w["model_name"] == "OutputModel"]
+    assert len(outputs) == 1 and not outputs[0].get("outputs")
 
 
 def test_running_again_finds_the_work_done(printed):

@@ -325,6 +325,14 @@ def test_peak_memory_sees_what_is_gone_again():
     assert 0.8 * 2**26 < peak < 1.5 * 2**26
 
 
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(4.2, "4.20"), (0.9781, "0.978"), (123.4, "123"), (999.7, "1,000"), (12345.6, "12,346"), (0.0, "0.00")],
+)
+def test_three_digits(number, text):
+    assert utils.three_digits(number) == text
+
+
 def test_seeds():
     def numbers(*seed):
         utils.seed_everything(*seed)
