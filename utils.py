@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import math
 import os
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +38,7 @@ from models.plots import BLUE, GRAY, WIDTH, draw_policies, mark_segments, show_i
 from models.policy import Policy, Policy32, Policy224
 from models.report import Report, three_digits
 from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
+from models.settings import check, check_settings
 from models.training import TrainingRun, check_warmup, fits_memory, one_cycle
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "autocast",
     "build_model",
     "check",
+    "check_settings",
     "check_warmup",
     "choose_device",
     "choose_precision",
@@ -150,15 +151,6 @@ def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
             f"torchvision's {architecture} weights could not be fetched from {weights.url} "
             f"({error}): connect to the network, or put that file into {cache}"
         ) from error
-
-
-def check(name: str, value: float, low: float, high: float = math.inf, whole: bool = False) -> None:
-    """Check that a setting lies from `low` up to but without `high`. ValueError saying so if not."""
-    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (number and low <= value < high):
-        kind = "a whole number" if whole else "a number"
-        limits = [f"{low} or more"] * (low > -math.inf) + [f"below {high}"] * (high < math.inf)
-        raise ValueError(f"{name} is {value!r}, expected {kind}, {' and '.join(limits)}")
 
 
 def performance_stats(

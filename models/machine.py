@@ -43,7 +43,7 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
     try:
         torch.empty(1, device=device)
         usable = torch.device(device).type in ("cpu", "cuda")
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError, TypeError):
         usable = False
     if not usable:
         raise RuntimeError(

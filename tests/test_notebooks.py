@@ -334,14 +334,29 @@ def test_they_run_on_cuda(tmp_path):
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
         ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
-        ("rnet_sole", {"max_images": 1}, "leaves one part empty"),
+        ("rnet_sole", {"max_images": 2}, "leaves one part empty"),
         ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),
+        ("blockdrop_inference", {"image": None}, "image is None, expected a whole number, 0 or more"),
         ("blockdrop_inference", {"model": "R14_SYN"}, "run blockdrop_training.ipynb with model = 'R14_SYN'"),
     ],
 )
 def test_bad_settings_get_one_clear_sentence(at_root, tmp_path, name, setting, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         run_cells(name, SMALL | {"cv_dir": str(tmp_path)} | setting)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_setting_is_checked(name):
+    """Another kind of value than the default's is refused, whatever the setting."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    (cell,) = (c for c in notebook.cells if "parameters" in c.metadata.get("tags", []))
+    defaults = {}
+    exec(cell.source, {}, defaults)
+    utils.check_settings(defaults)
+    elsewhere = {"model", "device", "precision", "batch_sizes", "image"}
+    for setting in defaults.keys() - elsewhere:
+        with pytest.raises(ValueError, match=f"^{setting} is .*, expected "):
+            utils.check_settings(defaults | {setting: [1]})
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

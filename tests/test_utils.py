@@ -261,6 +261,8 @@ def test_bad_settings():
             utils.check("epochs", value, 1, whole=True)
     with pytest.raises(ValueError, match=r"alpha is 1, expected a number, 0\.51 or more and below 1"):
         utils.check("alpha", 1, 0.51, 1)
+    with pytest.raises(ValueError, match="penalty is -inf, expected a number, below 0"):
+        utils.check_settings({"penalty": -math.inf})
     with pytest.raises(ValueError, match=r"warmup is 0\.1 of 10 steps"):
         utils.one_cycle(None, 0.1, 10, 0.1)
     with pytest.raises(ValueError, match="max_images is 0"):
@@ -269,6 +271,8 @@ def test_bad_settings():
         utils.choose_precision("fp8", torch.device("cpu"))
     with pytest.raises(RuntimeError, match="device 'toaster' can't be used here"):
         utils.choose_device("toaster")
+    with pytest.raises(RuntimeError, match="device 'None' can't be used here"):
+        utils.choose_device(None)
 
 
 # ------------------------------------------------------------------------------------ statistics
