@@ -258,7 +258,7 @@ def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
         problem = f"{wrong} is {tuple(state[wrong].shape)}, not {tuple(expected[wrong].shape)}"
     elif wrong := next((k for k, v in expected.items() if not _alike(v, state[k])), None):
         problem = f"{wrong} holds {state[wrong].dtype}, not {expected[wrong].dtype}"
-    elif wrong := next((k for k, v in state.items() if not torch.isfinite(v).all()), None):
+    elif wrong := next((k for k, v in expected.items() if not state[k].to(v.dtype).isfinite().all()), None):
         problem = f"{wrong} has values that are not finite"
     if problem:
         raise CheckpointError(

@@ -164,8 +164,12 @@ def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
             f"{_what_is_wrong(cifar, root)} and could not be downloaded ({error}): connect to "
             f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
         ) from error
-    if not set(data.targets) <= set(range(NUM_CLASSES[dataset])):
-        raise ValueError(f"{cifar.__name__} in {root} has labels outside 0 to {NUM_CLASSES[dataset] - 1}")
+    last = NUM_CLASSES[dataset] - 1
+    for index, label in enumerate(data.targets):
+        if not 0 <= label <= last:
+            files = cifar.train_list if train else cifar.test_list  # of equal size
+            path = root / cifar.base_folder / files[index * len(files) // len(data.targets)][0]
+            raise ValueError(f"{path} has the label {label}, outside 0 to {last}: get the file again")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
 
@@ -286,7 +290,7 @@ def _read_rgb(path: str | os.PathLike) -> Image.Image:
         return torchvision.datasets.folder.pil_loader(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image file {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as an image: {error}") from error
 
 

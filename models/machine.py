@@ -114,12 +114,11 @@ def machine(device: torch.device | str) -> str:
 
 
 class Time(NamedTuple):
-    """Seconds of one call: median and quartiles, and over how many calls."""
+    """Seconds of one call: median and quartiles."""
 
     median: float
     low: float
     high: float
-    calls: int
 
 
 def measure(
@@ -150,8 +149,8 @@ def measure(
         for name, timer in timers.items():
             times[name].append(timer.timeit(number[name]) / number[name])
     return {
-        name: Time(*(float(np.quantile(times[name], q)) for q in (0.5, 0.25, 0.75)), rounds * number[name])
-        for name in timers
+        name: Time(*(float(np.quantile(taken, q)) for q in (0.5, 0.25, 0.75)))
+        for name, taken in times.items()
     }
 
 

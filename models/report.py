@@ -6,8 +6,10 @@
 import contextlib
 import json
 import os
+import platform
 import re
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -41,6 +43,8 @@ class Report:
             "device": device,
             "precision": precision,
             "max_images": max_images,
+            "versions": {"python": platform.python_version()}
+            | {name: metadata.version(name) for name in ("torch", "torchvision", "numpy")},
             **about,
         }
 
@@ -80,8 +84,9 @@ def results_tables(reports: list[Mapping]) -> str:
     """Return the README's Markdown tables, a row a report: what is gained and lost, and the time."""
     quality = [
         "| model | accuracy (%): sole, BlockDrop | blocks kept | distinct policies "
-        "| FLOPs an image: sole, BlockDrop |",
-        "|---" * 5 + "|",
+        "| FLOPs an image: sole, BlockDrop | deciding per image brings, over one learned policy (points) "
+        "| rank correlation of difficulty and blocks kept (95 % interval) |",
+        "|---" * 7 + "|",
     ]
     time = [
         "| model | machine | ms an image, batch 1: sole, BlockDrop | large batch: sole, BlockDrop "
@@ -106,12 +111,18 @@ def results_tables(reports: list[Mapping]) -> str:
         training = "; ".join(
             "unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()
         )
-        if report["training machine"] != report["machine"]:
-            training += f" ({report['training machine'] or 'machine unknown'})"
+        machines = {machine or "unknown" for machine in report["training machines"].values()}
+        if machines != {report["machine"]}:
+            training += f" (on {'; '.join(sorted(machines))})"
+        per_image = next(iter(report["learned policies better by, in points"].values()))
+        correlation = "difficulty unknown"
+        if found := report.get("rank correlation of difficulty and blocks"):
+            correlation = "{:.3f} ({:.3f} to {:.3f})".format(found["rho"], *found["interval"])
         quality.append(
             f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
             f"| {ours['blocks kept']:.2f} of {blocks} | {ours['distinct policies']} "
-            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} |"
+            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} | {per_image[0]:+.2f} ± {per_image[1]:.2f} "
+            f"| {correlation} |"
         )
         time.append(
             f"| {model} | {report['machine']}, {report['precision']} | {milliseconds['1']} "

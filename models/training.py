@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from models.data import Loader, random_crop
-from models.distributed import average_statistics, num_processes, rank, total
+from models.distributed import average_statistics, rank, total
 from models.machine import machine, mixed, seed_everything
 
 
@@ -65,12 +65,13 @@ class TrainingRun:
             for inputs, labels in run.batches(trainloader):
                 ...
             run.end_epoch(epoch, loss=..., accuracy=...)
+        run.save("final.t7", acc=...)
 
     After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same
     settings goes on from there, to the same result as one that was never interrupted: the random
     generators are seeded anew, from seed and epoch, as each epoch starts. A finished run of the
-    same settings has no epochs left; one of other settings is replaced by the new run. While it
-    trains, no other process can train in `folder`: RuntimeError there.
+    same settings has no epochs left; one of other settings is replaced by the new run. From the
+    first epoch on until `save`, no other process can train in `folder`: RuntimeError there.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class TrainingRun:
         self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float | list[float]]] = []
         self.seconds = seconds
-        self.machine, self.processes = None, num_processes()  # of the epochs done so far
+        self.machine = None  # of the epochs done so far
         self.last = self.folder / "last.t7"
         if resume and self.last.is_file():
             self._resume()
@@ -125,7 +126,7 @@ class TrainingRun:
             return
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.seconds = state["history"], state["seconds"]
-        self.machine, self.processes = state.get("machine"), state.get("processes")
+        self.machine = state.get("machine")
         left = self.epochs - len(self.history)
         if left:
             for name, part in self.progress.items():
@@ -143,9 +144,7 @@ class TrainingRun:
         with (
             self._lock(),
             tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar,
-            tensorboardX.SummaryWriter(
-                str(self.folder / "tensorboard"), purge_step=done, write_to_disk=rank() == 0
-            ) as self.writer,
+            self._curves(done) as self.writer,
         ):
             for epoch in range(done, self.epochs):
                 seed_everything(self.settings["seed"], epoch, rank())
@@ -154,18 +153,38 @@ class TrainingRun:
                 yield epoch
                 self.bar.n = epoch + 1
                 self.bar.refresh()
+            self._lock()  # once more: kept until `save`
+
+    @contextlib.contextmanager
+    def _curves(self, done: int) -> Iterator[tensorboardX.SummaryWriter]:
+        """Yield TensorBoard's writer. What a full disk keeps it from writing stands in the history, too."""
+        writer = tensorboardX.SummaryWriter(
+            str(self.folder / "tensorboard"),
+            purge_step=done,
+            max_queue=0,  # any number: a full queue that nothing empties any more would block
+            write_to_disk=rank() == 0,
+        )
+        try:
+            yield writer
+        finally:
+            with contextlib.suppress(OSError):
+                writer.close()
 
     def _lock(self) -> contextlib.AbstractContextManager:
-        """Keep other processes from training in the folder, until this one ends, in whatever way."""
+        """Keep other processes from training in the folder, until this one ends, in whatever way.
+
+        Locked again, it is to be released as often.
+        """
         if rank() > 0:
             return contextlib.nullcontext()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # One object per file and process: a cell that was interrupted may run again.
-            lock = FileLock(self.folder / ".lock", is_singleton=True).acquire(timeout=0)
+            self.lock = FileLock(self.folder / ".lock", is_singleton=True)
+            locked = self.lock.acquire(timeout=0)
             for left_by_a_kill in self.folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
-            return lock
+            return locked
         except Timeout:
             raise RuntimeError(
                 f"another process is training in {self.folder}: wait for it, end it, or set another cv_dir"
@@ -209,18 +228,17 @@ class TrainingRun:
         """
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
+        here = machine(next(next(iter(self.networks.values())).parameters()).device)
+        if self.machine is None or here not in self.machine.split("; "):
+            self.machine = f"{self.machine}; {here}" if self.machine else here
+        parts = {name: part.state_dict() for name, part in self.progress.items()}
+        save_checkpoint(self.last, self.state() | parts)
         for name, value in figures.items():
             if isinstance(value, Sequence):
                 for block, part in enumerate(value):
                     self.writer.add_scalar(f"{name}/{block}", part, epoch)
             else:
                 self.writer.add_scalar(name, value, epoch)
-        here = machine(next(next(iter(self.networks.values())).parameters()).device)
-        if self.machine is None or here not in self.machine.split("; "):
-            self.machine = f"{self.machine}; {here}" if self.machine else here
-        self.processes = num_processes()
-        parts = {name: part.state_dict() for name, part in self.progress.items()}
-        save_checkpoint(self.last, self.state() | parts)
         print(self.line.format(**self.history[-1]))
 
     def state(self) -> dict:
@@ -234,5 +252,15 @@ class TrainingRun:
             "settings": self.settings,
             "seconds": self.seconds,
             "machine": self.machine,
-            "processes": self.processes,
         }
+
+    def save(self, name: str, **more: object) -> Path:
+        """Write the finished run to `folder/name`, its `state` and `more`; return the path.
+
+        From then on other processes may train in the folder. RuntimeError where it can't be written.
+        """
+        with self._lock():
+            path = save_checkpoint(self.folder / name, self.state() | more)
+        if rank() == 0:
+            self.lock.release(force=True)
+        return path

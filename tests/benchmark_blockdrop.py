@@ -116,9 +116,9 @@ def loops(nb: dict, args, cl_step: int | None) -> dict:
         return run.times
 
     def ours():
-        nb["run"] = FewBatches(args.batches, nb["device"])
+        nb["policy_training"] = nb["finetuning"] = run = FewBatches(args.batches, nb["device"])
         nb["finetune"]() if cl_step is None else nb["train"](0)
-        return nb["run"].times
+        return run.times
 
     return {"plain": plain, "ours": ours}
 

@@ -8,17 +8,24 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_cells(name: str, settings: dict, times: int = 1) -> dict:
+def run_cells(name: str, settings: dict, times: int = 1, again_after_interrupts: bool = False) -> dict:
     """Run a notebook's code cells in this process, with other settings; return the variables they leave.
 
-    `times`: how often each cell runs before the next one.
+    `times`: how often each cell runs before the next one. `again_after_interrupts`: a cell that was
+    interrupted runs again, as often as that happens.
     """
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     variables = {}
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            for _ in range(times):
-                exec(cell.source, variables)
+            done = 0
+            while done < times:
+                try:
+                    exec(cell.source, variables)
+                    done += 1
+                except KeyboardInterrupt:
+                    if not again_after_interrupts:
+                        raise
                 plt.close("all")  # as a notebook does once they are drawn
             if "parameters" in cell.metadata.get("tags", []):
                 variables.update(settings)

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_reward_is_one_minus_squared_use_or_the_penalty(algorithm):
@@ -13,6 +15,20 @@ def test_reward_is_one_minus_squared_use_or_the_penalty(algorithm):
     reward, match = algorithm.get_reward(logits, targets, policy, penalty=-5)
     assert reward.tolist() == [0, 1 - (1 / 4) ** 2, -5]
     assert match.tolist() == [1, 1, 0]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(2, 7), st.floats(-100, -0.01), st.integers(0, 999))
+def test_reward_is_the_slow_formula(algorithm, n, num_blocks, num_classes, penalty, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, num_classes, generator=generator)
+    targets = torch.randint(num_classes, (n,), generator=generator)
+    policy = torch.randint(2, (n, num_blocks), generator=generator).float()
+    rewards, matches = algorithm.get_reward(logits, targets, policy, penalty)
+    for scores, target, kept, reward, match in zip(logits, targets, policy, rewards, matches, strict=True):
+        right = max(range(num_classes), key=lambda c: scores[c]) == target
+        expected = 1 - (sum(kept.tolist()) / num_blocks) ** 2 if right else penalty
+        assert match == right and reward.item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def test_exploration_bounds_probabilities(algorithm):

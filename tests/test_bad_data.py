@@ -70,14 +70,17 @@ def test_every_damaged_cifar_file_is_named(cifar):
     print(f"CIFAR files damaged in {refused} ways, {refused} refused by name")
 
 
-def test_labels_out_of_range(cifar, monkeypatch):
-    path = cifar / "test_batch"
+@pytest.mark.parametrize("name", ["test_batch", "data_batch_1", "data_batch_4"])
+def test_labels_out_of_range(cifar, monkeypatch, name):
+    path = cifar / name
     content = pickle.loads(path.read_bytes())
-    content["labels"][0] = 10
+    content["labels"][2] = 10
     path.write_bytes(pickle.dumps(content))
     md5 = hashlib.md5(path.read_bytes()).hexdigest()
-    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", md5]])
-    with pytest.raises(ValueError, match=r"CIFAR10 in .* has labels outside 0 to 9"):
+    for files in ("train_list", "test_list"):
+        official = getattr(CIFAR10, files)
+        monkeypatch.setattr(CIFAR10, files, [[n, md5 if n == name else m] for n, m in official])
+    with pytest.raises(ValueError, match=rf"{path} has the label 10, outside 0 to 9"):
         utils.get_dataset("R8_C10", cifar.parent)
 
 

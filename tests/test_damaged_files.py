@@ -6,6 +6,7 @@
 import io
 import pickle
 import random
+import re
 import time
 import warnings
 import zipfile
@@ -41,7 +42,11 @@ def flip_bits(data, chance):
 
 
 def cut(data, chance):
-    return data[: chance.choice([0, 1, 4, chance.randrange(len(data)), len(data) - chance.randrange(1, 200)])]
+    """Cut near the start, near the end, anywhere, or beside one of a zip file's records, if it is one."""
+    records = [found.start() for found in re.finditer(rb"PK[\x01-\x08]{2}", data)] or [2]
+    ends = (0, 1, 4, chance.randrange(len(data)), len(data) - chance.randrange(1, 200),
+            chance.choice(records) + chance.randrange(-1, 5))  # fmt: skip
+    return data[: max(0, chance.choice(ends))]
 
 
 def cut_out(data, chance):
@@ -71,7 +76,7 @@ def change_contents(state, chance):
         case 4:
             part[key] = chance.choice([None, "text", 3, [1.0], part[key].cfloat(), part[key].bool()])
         case 5:
-            part[key] = part[key] * float("nan")
+            part[key] = part[key] * float("nan") if chance.random() < 0.5 else part[key].double() + 1e39
         case 6:
             model = chance.choice(["R14_SYN", "R8_C100"])
             state["resnet"] = utils.build_model(model)[0].state_dict()

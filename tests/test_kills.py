@@ -1,7 +1,8 @@
 """Trainings killed at random moments and run again end as if nothing had happened, to the bit.
 
 `pytest tests/test_kills.py --long` kills each stage 20 times, otherwise once. The kill is SIGKILL: the
-process can do nothing about it.
+process can do nothing about it. Every third kill falls while a checkpoint is written: the first one of its
+folder, the next time the second, the third, the final one.
 """
 
 import contextlib
@@ -47,9 +48,11 @@ def start(stage, cv_dir):
     return process
 
 
-def wait_for_a_file_being_written(folder, process):
-    """Return when a checkpoint is being written, or the process has ended."""
-    while process.is_alive() and not any(folder.glob(".*.tmp")):
+def wait_for_a_file_being_written(folder, number, process):
+    """Return when the folder's checkpoint of that number is being written, or the process has ended."""
+    seen = set()
+    while process.is_alive() and len(seen) < number:
+        seen.update(folder.glob(".*.tmp"))
         time.sleep(0.0005)
 
 
@@ -103,7 +106,8 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(uninterrupted, tmp_path,
         folder = cv_dir / stage / "R8_SYN"
         process = start(stage, cv_dir)
         if number % 3 == 2:
-            wait_for_a_file_being_written(folder, process)
+            # One after each of three epochs, the second and third in place of the one before; the final one.
+            wait_for_a_file_being_written(folder, 1 + number // 3 % 4, process)
         else:
             time.sleep(chance.uniform(0, seconds[stage]))
         process.kill()

@@ -1,5 +1,6 @@
 """Every notebook, executed from a clean kernel with small settings on the built-in data."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -166,31 +167,43 @@ def test_the_readmes_main_job_runs(tmp_path):
     assert "Distinct policies" in table and "Break-even in images" in table
 
 
-@pytest.mark.parametrize("epochs_before_kill", [0, 1, 3])
+@pytest.mark.parametrize("same_kernel", [True, False])
+@pytest.mark.parametrize(("name", "settings"), [("rnet_sole", SOLE), ("blockdrop_training", BLOCKDROP)])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    printed, at_root, tmp_path, monkeypatch, epochs_before_kill
+    printed, at_root, tmp_path, monkeypatch, name, settings, same_kernel
 ):
-    """Policy training and finetuning stopped inside an epoch, then run again: same weights to the bit."""
+    """Stopped inside epochs; the cell, or the notebook, runs again: the same weights to the bit."""
     _, folder = printed
 
     def run(cv_dir):
-        shutil.copytree(folder / "cv" / "trained_rnet", cv_dir / "trained_rnet", dirs_exist_ok=True)
-        variables = run_cells("blockdrop_training", BLOCKDROP | {"cv_dir": str(cv_dir)})
-        return utils.fingerprint(variables["rnet"], variables["agent"])
+        if name == "blockdrop_training":
+            shutil.copytree(folder / "cv" / "trained_rnet", cv_dir / "trained_rnet", dirs_exist_ok=True)
+        left = run_cells(name, settings | {"cv_dir": str(cv_dir)}, again_after_interrupts=same_kernel)
+        return utils.fingerprint(*(left[network] for network in ("rnet", "agent") if network in left))
 
     expected = run(tmp_path / "whole")
-    end_epoch = utils.TrainingRun.end_epoch
-    goes_on = iter([True] * epochs_before_kill + [False])
+    batches, number, interrupts = utils.TrainingRun.batches, 0, 0
 
-    def interrupted(self, epoch, **figures):
-        if not next(goes_on, True):
-            raise KeyboardInterrupt
-        end_epoch(self, epoch, **figures)
+    def interrupted(self, *args):
+        nonlocal number, interrupts
+        for inputs, labels in batches(self, *args):
+            number += 1
+            if number in (
+                2,
+                9,
+                15,
+                24,
+            ):  # the first epoch, second, first of finetuning, second: 5 batches each
+                interrupts += 1
+                raise KeyboardInterrupt
+            yield inputs, labels
 
-    monkeypatch.setattr(utils.TrainingRun, "end_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "killed")
-    assert run(tmp_path / "killed") == expected
+    monkeypatch.setattr(utils.TrainingRun, "batches", interrupted)
+    found = None
+    while found is None:
+        with contextlib.suppress(KeyboardInterrupt):
+            found = run(tmp_path / "interrupted")
+    assert found == expected and interrupts == {"rnet_sole": 2, "blockdrop_training": 4}[name]
 
 
 def test_every_cell_can_be_run_twice(at_root, tmp_path):
@@ -257,7 +270,8 @@ def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
         def mean_loss(self, losses, loader):
             return losses[0].item()
 
-    nb |= {"get_reward": recorded_reward, "policy_loss": recorded_loss, "run": OneBatch()}
+    nb |= {"get_reward": recorded_reward, "policy_loss": recorded_loss}
+    nb["policy_training"] = nb["finetuning"] = OneBatch()
     nb["scheduler_rnet"] = nb["scheduler_agent"] = torch.optim.lr_scheduler.ConstantLR(nb["optimizer_agent"])
     nb["train"](1)
     nb["finetune"]()
@@ -343,6 +357,12 @@ def test_they_run_on_cuda(tmp_path):
 def test_bad_settings_get_one_clear_sentence(at_root, tmp_path, name, setting, message):
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(message)):
         run_cells(name, SMALL | {"cv_dir": str(tmp_path)} | setting)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_cell_is_longer_than_a_screen(name):
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    assert max(len(cell.source.splitlines()) for cell in notebook.cells) <= 45
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)

@@ -1,5 +1,6 @@
 """Training runs: killed and resumed, they end where an uninterrupted one ends."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -26,7 +27,18 @@ with filelock.FileLock(sys.argv[1]):
 """
 
 
-def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0.1):
+# Tells whether a lock is free.
+TRY = """
+import sys, filelock
+try:
+    filelock.FileLock(sys.argv[1]).acquire(timeout=0)
+    print("free")
+except filelock.Timeout:
+    print("in use")
+"""
+
+
+def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0.1, before_epoch=print):
     """Train a little R8; stop in the middle of epoch `kill_at`. Returns network and run."""
     torch.manual_seed(0)
     pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
@@ -41,6 +53,7 @@ def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0
     settings = {"seed": seed, "lr": lr}
     run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume)
     for epoch in run:
+        before_epoch(epoch)
         losses = []
         for step, (inputs, targets) in enumerate(run.batches(loader)):
             loss = F.cross_entropy(rnet.forward_full(inputs), targets)
@@ -124,6 +137,49 @@ def test_a_folder_in_use_is_refused(tmp_path):
         holder.kill()
         holder.wait()
     training(tmp_path / "run")
+
+
+def test_a_folder_is_in_use_until_the_final_checkpoint_is_written(tmp_path):
+    def try_to_hold():
+        return subprocess.run(
+            [sys.executable, "-c", TRY, str(tmp_path / ".lock")], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    _, run = training(tmp_path)
+    assert try_to_hold() == "in use"
+    (tmp_path / ".left.tmp").touch()
+    assert utils.read_checkpoint(run.save("final.t7", acc=0.5))["acc"] == 0.5
+    assert try_to_hold() == "free" and not (tmp_path / ".left.tmp").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can't be mounted here: it takes Linux, and root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an interrupted run has files open
+
+
+def test_a_disk_that_fills_up_ends_the_training_and_keeps_its_last_epoch(small_disk, tmp_path):
+    expected, _ = training(tmp_path / "whole")
+    ballast = small_disk / "ballast"
+
+    def fill(epoch):
+        if epoch == 2:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    with pytest.raises(RuntimeError, match=r"could not write .*last\.t7 \(.*No space left.*free some space"):
+        training(small_disk / "run", before_epoch=fill)
+    assert len(utils.read_checkpoint(small_disk / "run" / "last.t7")["history"]) == 2
+    ballast.unlink()
+    resumed, _ = training(small_disk / "run")
+    assert torch.equal(weights(expected), weights(resumed))
 
 
 def test_an_interrupted_cell_may_run_again(tmp_path):

@@ -278,21 +278,6 @@ def test_bad_settings():
 # ------------------------------------------------------------------------------------ statistics
 
 
-def test_performance_stats_against_slow_formulas():
-    torch.manual_seed(0)
-    policies = torch.randint(2, (50, 6)).float()
-    rewards, matches = torch.randn(50), torch.randint(2, (50,)).float()
-    accuracy, reward, sparsity, variance, policy_set = utils.performance_stats(
-        policies.split(16), rewards.split(16), matches.split(16)
-    )
-    kept = [sum(row) for row in policies.tolist()]
-    assert accuracy == pytest.approx(sum(matches.tolist()) / 50)
-    assert reward == pytest.approx(sum(rewards.tolist()) / 50, abs=1e-6)
-    assert sparsity == pytest.approx(sum(kept) / 50)
-    assert variance == pytest.approx((sum((k - sum(kept) / 50) ** 2 for k in kept) / 49) ** 0.5)
-    assert policy_set == {"".join(str(int(u)) for u in row) for row in policies.tolist()}
-
-
 def test_flops_of_resnet110_are_the_originals():
     rnet, _ = utils.build_model("R110_C10")
     assert f"{utils.count_flops(rnet).item():.1E}" == "5.1E+08"
@@ -317,7 +302,6 @@ def test_measuring_finds_the_time_of_a_nap():
     times = utils.measure(naps, "cpu", seconds=0.3)
     for name, least in (("short", 0.01), ("long", 0.03)):
         assert least <= times[name].low <= times[name].median <= times[name].high < 0.2
-        assert times[name].calls >= 3
 
 
 def test_peak_memory_sees_what_is_gone_again():
