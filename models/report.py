@@ -58,7 +58,9 @@ class Report:
         """Write the numbers as JSON and a Markdown table; return the files. RuntimeError where that fails."""
         if self.folder is None:
             return []
-        plain = json.loads(json.dumps(self.numbers), parse_constant=lambda _: None)  # nan is no JSON
+        plain = json.loads(
+            json.dumps(self.numbers, default=str), parse_constant=lambda _: None
+        )  # nan is no JSON
         files = {".json": json.dumps(plain, indent=1) + "\n", ".md": table + "\n"}
         with self._writing():
             for ending, text in files.items():
@@ -111,12 +113,15 @@ def results_tables(reports: list[Mapping]) -> str:
         training = "; ".join(
             "unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()
         )
-        machines = {machine or "unknown" for machine in report["training machines"].values()}
-        if machines != {report["machine"]}:
-            training += f" (on {'; '.join(sorted(machines))})"
+        machines = [machine or "unknown" for machine in report["training machines"].values()]
+        if set(machines) != {report["machine"]}:
+            training += f" (on {'; '.join(machines if len(set(machines)) > 1 else machines[:1])})"
         per_image = next(iter(report["learned policies better by, in points"].values()))
         correlation = "difficulty unknown"
-        if found := report.get("rank correlation of difficulty and blocks"):
+        found = report.get("rank correlation of difficulty and blocks")
+        if found and found["rho"] is None:
+            correlation = "the same blocks for all"
+        elif found:
             correlation = "{:.3f} ({:.3f} to {:.3f})".format(found["rho"], *found["interval"])
         quality.append(
             f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "

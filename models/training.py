@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from models.data import Loader, random_crop
 from models.distributed import average_statistics, rank, total
-from models.machine import machine, mixed, seed_everything
+from models.machine import machine as machine_name
+from models.machine import mixed, seed_everything
 
 
 def one_cycle(
@@ -84,11 +85,12 @@ class TrainingRun:
         line: str,
         resume: bool = True,
         seconds: float = 0.0,
+        machine: str | None = None,
     ):
         """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
         is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
         `line`: what is printed of an epoch, a format string of the figures in the history.
-        `seconds`: what the training took that this one builds on.
+        `seconds`: what the training took that this one builds on; `machine`: where.
 
         ValueError for an unfinished run of other settings in `folder`: it would be lost.
         """
@@ -99,7 +101,7 @@ class TrainingRun:
         self.networks, self.progress = dict(networks), dict(progress)
         self.history: list[dict[str, float | list[float]]] = []
         self.seconds = seconds
-        self.machine = None  # of the epochs done so far
+        self.machine = machine  # of the epochs done so far
         self.last = self.folder / "last.t7"
         if resume and self.last.is_file():
             self._resume()
@@ -139,6 +141,7 @@ class TrainingRun:
         """Yield the epochs that are left, counted from 0, under one progress bar."""
         done = len(self.history)
         if done == self.epochs:
+            self._lock()  # kept until `save`
             return
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
         with (
@@ -153,7 +156,7 @@ class TrainingRun:
                 yield epoch
                 self.bar.n = epoch + 1
                 self.bar.refresh()
-            self._lock()  # once more: kept until `save`
+            self._lock()  # once more: kept when this one is released
 
     @contextlib.contextmanager
     def _curves(self, done: int) -> Iterator[tensorboardX.SummaryWriter]:
@@ -228,7 +231,7 @@ class TrainingRun:
         """
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
-        here = machine(next(next(iter(self.networks.values())).parameters()).device)
+        here = machine_name(next(next(iter(self.networks.values())).parameters()).device)
         if self.machine is None or here not in self.machine.split("; "):
             self.machine = f"{self.machine}; {here}" if self.machine else here
         parts = {name: part.state_dict() for name, part in self.progress.items()}
@@ -257,8 +260,14 @@ class TrainingRun:
     def save(self, name: str, **more: object) -> Path:
         """Write the finished run to `folder/name`, its `state` and `more`; return the path.
 
-        From then on other processes may train in the folder. RuntimeError where it can't be written.
+        From then on other processes may train in the folder. RuntimeError where it can't be written, or
+        where epochs are left.
         """
+        if len(self.history) < self.epochs:
+            raise RuntimeError(
+                f"only {len(self.history)} of {self.epochs} epochs are done in {self.folder}: "
+                "run the training's cell again, it goes on"
+            )
         with self._lock():
             path = save_checkpoint(self.folder / name, self.state() | more)
         if rank() == 0:

@@ -8,11 +8,11 @@ import nbformat
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run_cells(name: str, settings: dict, times: int = 1, again_after_interrupts: bool = False) -> dict:
+def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()) -> dict:
     """Run a notebook's code cells in this process, with other settings; return the variables they leave.
 
-    `times`: how often each cell runs before the next one. `again_after_interrupts`: a cell that was
-    interrupted runs again, as often as that happens.
+    `times`: how often each cell runs before the next one. `again_after`: exceptions after which a cell
+    runs again, as often as they happen.
     """
     notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     variables = {}
@@ -23,9 +23,8 @@ def run_cells(name: str, settings: dict, times: int = 1, again_after_interrupts:
                 try:
                     exec(cell.source, variables)
                     done += 1
-                except KeyboardInterrupt:
-                    if not again_after_interrupts:
-                        raise
+                except again_after:
+                    pass
                 plt.close("all")  # as a notebook does once they are drawn
             if "parameters" in cell.metadata.get("tags", []):
                 variables.update(settings)

@@ -117,6 +117,8 @@ def test_the_report_is_written(printed):
     pictures = sorted(path.name for path in (folder / "results").glob("*.svg"))
     assert len(pictures) == 11 and pictures[0] == "R8_SYN_cpu_300images_baselines.svg"
     assert "`R8_SYN`" in report.results_tables([found])
+    found["rank correlation of difficulty and blocks"] = {"rho": None, "interval": [None, None]}
+    assert "the same blocks for all" in report.results_tables([found])
 
 
 def test_no_widget_is_drawn_in_while_a_cell_runs(printed):
@@ -167,6 +169,10 @@ def test_the_readmes_main_job_runs(tmp_path):
     assert "Distinct policies" in table and "Break-even in images" in table
 
 
+class Interrupted(KeyboardInterrupt):
+    """Stands for the interrupt of a kernel."""
+
+
 @pytest.mark.parametrize("same_kernel", [True, False])
 @pytest.mark.parametrize(("name", "settings"), [("rnet_sole", SOLE), ("blockdrop_training", BLOCKDROP)])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
@@ -178,7 +184,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     def run(cv_dir):
         if name == "blockdrop_training":
             shutil.copytree(folder / "cv" / "trained_rnet", cv_dir / "trained_rnet", dirs_exist_ok=True)
-        left = run_cells(name, settings | {"cv_dir": str(cv_dir)}, again_after_interrupts=same_kernel)
+        left = run_cells(name, settings | {"cv_dir": str(cv_dir)}, again_after=(Interrupted,) * same_kernel)
         return utils.fingerprint(*(left[network] for network in ("rnet", "agent") if network in left))
 
     expected = run(tmp_path / "whole")
@@ -195,13 +201,13 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
                 24,
             ):  # the first epoch, second, first of finetuning, second: 5 batches each
                 interrupts += 1
-                raise KeyboardInterrupt
+                raise Interrupted
             yield inputs, labels
 
     monkeypatch.setattr(utils.TrainingRun, "batches", interrupted)
     found = None
     while found is None:
-        with contextlib.suppress(KeyboardInterrupt):
+        with contextlib.suppress(Interrupted):
             found = run(tmp_path / "interrupted")
     assert found == expected and interrupts == {"rnet_sole": 2, "blockdrop_training": 4}[name]
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
+from models.training import TrainingRun
 
 EPOCHS = 4
 LINE = "Epoch: {epoch} - Loss: {loss:.3f}"
@@ -71,7 +72,7 @@ def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0
 
 def test_a_checkpoint_tells_the_machines_that_its_epochs_ran_on(tmp_path, monkeypatch):
     def on(name, **kill):
-        monkeypatch.setattr("models.training.machine", lambda device: name)
+        monkeypatch.setattr("models.training.machine_name", lambda device: name)
         return training(tmp_path, **kill)[1]
 
     with pytest.raises(Killed):
@@ -145,7 +146,8 @@ def test_a_folder_is_in_use_until_the_final_checkpoint_is_written(tmp_path):
             [sys.executable, "-c", TRY, str(tmp_path / ".lock")], capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    _, run = training(tmp_path)
+    training(tmp_path)
+    _, run = training(tmp_path)  # nothing is left to train, all the same
     assert try_to_hold() == "in use"
     (tmp_path / ".left.tmp").touch()
     assert utils.read_checkpoint(run.save("final.t7", acc=0.5))["acc"] == 0.5
@@ -162,6 +164,16 @@ def small_disk(tmp_path):
         pytest.skip("a small file system can't be mounted here: it takes Linux, and root")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an interrupted run has files open
+
+
+def test_an_unfinished_run_is_not_saved_as_a_finished_one(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(utils, "TrainingRun", lambda *args: runs.append(TrainingRun(*args)) or runs[-1])
+    with pytest.raises(Killed):
+        training(tmp_path, kill_at=2)
+    with pytest.raises(RuntimeError, match="only 2 of 4 epochs are done"):
+        runs[0].save("final.t7")
+    assert not (tmp_path / "final.t7").exists()
 
 
 def test_a_disk_that_fills_up_ends_the_training_and_keeps_its_last_epoch(small_disk, tmp_path):
