@@ -13,7 +13,7 @@ NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more damaged files and kills, and ImageNet")
+    parser.addoption("--long", action="store_true", help="more damaged files and kills, and deep networks")
     parser.addoption("--browser", action="store_true", help="the notebooks in JupyterLab, in Chromium")
 
 

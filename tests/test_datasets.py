@@ -90,7 +90,9 @@ def through_all_notebooks(model, data_dir, sole_cv="cv", **settings):
 
 
 @pytest.mark.parametrize("model", ["R32_C100", "R110_C100"])
-def test_cifar100(cifar100, at_root, model):
+def test_cifar100(cifar100, at_root, request, model):
+    if model == "R110_C100" and not request.config.getoption("--long"):
+        pytest.skip("takes a minute: pytest --long")
     through_all_notebooks(model, cifar100, batch_size=16)
 
 

@@ -173,8 +173,14 @@ class Interrupted(KeyboardInterrupt):
     """Stands for the interrupt of a kernel."""
 
 
-@pytest.mark.parametrize("same_kernel", [True, False])
-@pytest.mark.parametrize(("name", "settings"), [("rnet_sole", SOLE), ("blockdrop_training", BLOCKDROP)])
+@pytest.mark.parametrize(
+    ("name", "settings", "same_kernel"),
+    [
+        ("rnet_sole", SOLE, True),
+        ("blockdrop_training", BLOCKDROP, True),
+        ("blockdrop_training", BLOCKDROP, False),
+    ],
+)
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     printed, at_root, tmp_path, monkeypatch, name, settings, same_kernel
 ):
