@@ -58,9 +58,8 @@ class Report:
         """Write the numbers as JSON and a Markdown table; return the files. RuntimeError where that fails."""
         if self.folder is None:
             return []
-        plain = json.loads(
-            json.dumps(self.numbers, default=str), parse_constant=lambda _: None
-        )  # nan is no JSON
+        numbers = json.dumps(self.numbers, default=str)
+        plain = json.loads(numbers, parse_constant=lambda _: None)  # nan is no JSON
         files = {".json": json.dumps(plain, indent=1) + "\n", ".md": table + "\n"}
         with self._writing():
             for ending, text in files.items():
