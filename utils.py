@@ -16,6 +16,7 @@ from models.base import BasicBlock, Bottleneck
 from models.checkpoints import (
     CheckpointError,
     load_checkpoint,
+    load_features,
     load_weights_to_flatresnet,
     newest_checkpoint,
     read_checkpoint,
@@ -68,6 +69,7 @@ __all__ = [
     "hold_out",
     "join_processes",
     "load_checkpoint",
+    "load_features",
     "load_standard_weights",
     "load_weights_to_flatresnet",
     "machine",

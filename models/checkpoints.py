@@ -174,6 +174,19 @@ def load_checkpoint(
     return {key: _plain(value) for key, value in rest.items()}
 
 
+def load_features(path: str | os.PathLike, agent: nn.Module) -> dict:
+    """Load a sole ResNet's checkpoint file into the layers of a policy network; return what else it holds.
+
+    The ResNet-8's of a policy network for small images, or a deeper one's: the first blocks of each
+    segment are taken. FileNotFoundError, CheckpointError; then the policy network stays as it was.
+    """
+    states, rest = _split(read_checkpoint(path), path)
+    if "resnet" not in states:
+        raise CheckpointError(f"{path} holds no ResNet: name a sole ResNet's file, such as one of R8_C10's")
+    _load_flat(states["resnet"], agent.features, f"the ResNet in {path}")
+    return rest
+
+
 def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -> nn.Module:
     """Copy the weights of a plain ResNet into the FlatResNet `target` and return it.
 
@@ -184,12 +197,16 @@ def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -
     """
     if isinstance(source, nn.Module):
         source = source.state_dict()
-    state = _flat_names(source.get("state_dict", source))
+    _load_flat(_flat_names(source.get("state_dict", source)), target, "the source ResNet")
+    return target
+
+
+def _load_flat(state: Mapping[str, Tensor], target: nn.Module, what: str) -> None:
+    """Load a FlatResNet's weights, or, where `target` has no classifier, those that it has a place for."""
     if isinstance(target.fc, nn.Identity):
         wanted = target.state_dict()
         state = {key: value for key, value in state.items() if key in wanted}
-    target.load_state_dict(_fitted(target, state, "the source ResNet"))
-    return target
+    target.load_state_dict(_fitted(target, state, what))
 
 
 def newest_checkpoint(folder: str | os.PathLike, prefix: str, hint: str) -> Path:

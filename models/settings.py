@@ -19,6 +19,7 @@ def check(name: str, value: object, low: float, high: float = math.inf, whole: b
 _NUMBERS = {
     "alpha": (0.51, 1),  # at 0.5 a sampled policy would not depend on the policy network
     "beta": (0,),
+    "beta_finetuning": (0,),
     "holdout": (0, 1),
     "lr": (0,),
     "lr_finetuning": (0,),
@@ -28,6 +29,7 @@ _NUMBERS = {
     "penalty_finetuning": (-math.inf, 0),
     "seconds": (0,),
     "small_crops": (0, 1),
+    "survival_probability": (0.01, 1),
     "warmup": (0, 1),
     "warmup_policy": (0, 1),
     "warmup_rnet": (0, 1),
@@ -39,6 +41,7 @@ _WHOLE_NUMBERS = {
     "cl_pace": 1,
     "epochs": 1,
     "max_epochs_finetuning": 0,
+    "max_epochs_stochastic_depth": 0,
     "max_epochs_training": 0,
     "max_images": 2,
     "seed": -math.inf,
@@ -48,7 +51,8 @@ _WHOLE_NUMBERS = {
 }
 _SWITCHES = ("deterministic", "resume", "skip_dropped")
 _TEXTS = ("cv_dir", "data_dir")
-_OPTIONAL_TEXTS = ("date", "load", "load_finetuning", "load_policy", "load_rnet", "results_dir")
+_LOADED = ("load", "load_features", "load_finetuning", "load_policy", "load_rnet")
+_OPTIONAL_TEXTS = (*_LOADED, "date", "results_dir")
 
 
 def check_settings(settings: Mapping[str, object]) -> None:

@@ -237,6 +237,26 @@ def test_a_deeper_resnet_is_not_cut_to_fit():
         utils.load_weights_to_flatresnet(deep, shallow)
 
 
+def test_a_policy_networks_layers_can_come_from_a_resnet(agent, tmp_path):
+    deeper, other_policy = utils.build_model("R20_SYN")
+    torch.save(
+        {"resnet": deeper.state_dict(), "seconds": 2.0, "settings": {"model": "R20_SYN"}}, tmp_path / "a"
+    )
+    head = agent.logit.weight.clone()
+    assert utils.load_features(tmp_path / "a", agent)["seconds"] == 2
+    source, layers = deeper.state_dict(), agent.features.state_dict()
+    assert layers and all(torch.equal(value, source[key]) for key, value in layers.items())
+    assert torch.equal(agent.logit.weight, head)
+
+    torch.save({"agent": other_policy.state_dict()}, tmp_path / "policy")
+    with pytest.raises(utils.CheckpointError, match="policy holds no ResNet: name a sole ResNet's file"):
+        utils.load_features(tmp_path / "policy", agent)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "foreign")
+    with pytest.raises(utils.CheckpointError, match=r"the ResNet in .*foreign does not fit the network"):
+        utils.load_features(tmp_path / "foreign", agent)
+    assert all(torch.equal(value, source[key]) for key, value in agent.features.state_dict().items())
+
+
 def test_the_newest_checkpoint_is_found(tmp_path):
     for age, name in enumerate(("pk_E_9_A_0.9.t7", "pk_E_1_A_0.1.t7")):
         (tmp_path / name).touch()

@@ -14,7 +14,13 @@ import utils
 
 SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32}
 SOLE = SMALL | {"epochs": 3, "small_crops": 0.5}
-BLOCKDROP = SMALL | {"max_epochs_training": 2, "max_epochs_finetuning": 2, "cl_pace": 2, "warmup_rnet": 0.3}
+BLOCKDROP = SMALL | {
+    "max_epochs_stochastic_depth": 1,
+    "max_epochs_training": 2,
+    "max_epochs_finetuning": 2,
+    "cl_pace": 2,
+    "warmup_rnet": 0.3,
+}
 REPORT = """
 with open(f"weights-{os.environ.get('RANK', 0)}.txt", "w") as file:
     file.write(utils.fingerprint(rnet))

@@ -32,6 +32,7 @@ BLOCKDROP = SMALL | {
     "warmup_rnet": 0.5,
     "warmup_policy": 0.5,
 }
+ALL_STAGES = BLOCKDROP | {"max_epochs_stochastic_depth": 2}
 
 
 def execute(name, folder, settings, cv_dir=None):
@@ -160,6 +161,46 @@ def test_stages_can_be_skipped_and_started_from_files(printed, at_root, tmp_path
     assert neither.count("No checkpoint tells the history") == 2
 
 
+def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks(
+    printed, at_root, tmp_path, capsys
+):
+    _, folder = printed
+    (sole,) = (folder / "cv" / "trained_rnet" / "R8_SYN").glob("pk_*.t7")
+    shutil.copytree(folder / "cv" / "trained_rnet", tmp_path / "trained_rnet")
+    stages = {f"max_epochs_{stage}": 1 for stage in ("stochastic_depth", "training", "finetuning")}
+    start = {"load_features": str(sole), "cv_dir": str(tmp_path), "beta_finetuning": 0.1}
+    run_cells("blockdrop_training", BLOCKDROP | stages | start)
+    assert "loaded pair from" in capsys.readouterr().out
+    files = {
+        stage: next((tmp_path / stage / "R8_SYN").glob(pattern))
+        for stage, pattern in (
+            ("stochastic_depth", "pk_*"),
+            ("trained_policy", "ckpt_*"),
+            ("finetuned", "ckpt_*"),
+        )
+    }
+    found = {stage: utils.read_checkpoint(path) for stage, path in files.items()}
+    networks = {stage: utils.build_model("R8_SYN")[0] for stage in (*found, "sole", "goes on")}
+    for stage, path in (files | {"sole": sole}).items():
+        utils.load_checkpoint(path, networks[stage])
+    policy, pair = found["trained_policy"], found["finetuned"]
+    prints = {stage: utils.fingerprint(network) for stage, network in networks.items()}
+    assert policy["sole_resnet"] == pair["sole_resnet"] == prints["sole"]
+    assert len({prints[stage] for stage in ("sole", "trained_policy", "finetuned")}) == 3
+    assert prints["trained_policy"] == prints["stochastic_depth"]  # frozen since
+    earlier = found["stochastic_depth"]["seconds"] + utils.read_checkpoint(sole)["seconds"]
+    assert pair["policy_seconds"] == policy["seconds"] > earlier
+
+    again = {
+        "max_epochs_training": 1,
+        "max_epochs_finetuning": 0,
+        "load_policy": str(files["trained_policy"]),
+    }
+    left = run_cells("blockdrop_training", BLOCKDROP | again | {"cv_dir": str(tmp_path)})
+    utils.load_checkpoint(left["policy_checkpoint"], networks["goes on"])
+    assert utils.fingerprint(networks["goes on"]) == prints["trained_policy"]
+
+
 def test_the_readmes_main_job_runs(tmp_path):
     """The shipped pair on the built-in data, on fewer images."""
     few = {"model": "R20_SYN", "max_images": 100, "seconds": 0.01, "static_images": 50}
@@ -177,8 +218,8 @@ class Interrupted(KeyboardInterrupt):
     ("name", "settings", "same_kernel"),
     [
         ("rnet_sole", SOLE, True),
-        ("blockdrop_training", BLOCKDROP, True),
-        ("blockdrop_training", BLOCKDROP, False),
+        ("blockdrop_training", ALL_STAGES, True),
+        ("blockdrop_training", ALL_STAGES, False),
     ],
 )
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
@@ -200,12 +241,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
         nonlocal number, interrupts
         for inputs, labels in batches(self, *args):
             number += 1
-            if number in (
-                2,
-                9,
-                15,
-                24,
-            ):  # the first epoch, second, first of finetuning, second: 5 batches each
+            if number in (2, 9, 15, 24, 31, 40):  # once in each epoch, of 5 batches, of each stage
                 interrupts += 1
                 raise Interrupted
             yield inputs, labels
@@ -215,7 +251,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
     while found is None:
         with contextlib.suppress(Interrupted):
             found = run(tmp_path / "interrupted")
-    assert found == expected and interrupts == {"rnet_sole": 2, "blockdrop_training": 4}[name]
+    assert found == expected and interrupts == {"rnet_sole": 2, "blockdrop_training": 6}[name]
 
 
 def test_every_cell_can_be_run_twice(at_root, tmp_path):
@@ -224,7 +260,7 @@ def test_every_cell_can_be_run_twice(at_root, tmp_path):
     for times in (1, 2):
         paths = few | {"cv_dir": str(tmp_path / str(times))}
         sole = run_cells("rnet_sole", SOLE | paths, times)
-        trained = run_cells("blockdrop_training", BLOCKDROP | paths, times)
+        trained = run_cells("blockdrop_training", ALL_STAGES | paths, times)
         tested = run_cells("blockdrop_inference", INFERENCE | paths | {"results_dir": None}, times)
         answers = [tested["report"].numbers[key] for key in ("baselines", "keep rate of each block")]
         found[times] = utils.fingerprint(sole["rnet"], trained["rnet"], trained["agent"]), answers
@@ -355,8 +391,14 @@ def test_they_run_on_cuda(tmp_path):
         (
             "blockdrop_training",
             {"max_epochs_training": 0, "load_policy": "a.t7"},
-            "name the file in load_fine",
+            "or name a policy in load_finetuning",
         ),
+        (
+            "blockdrop_training",
+            {"max_epochs_training": 0, "max_epochs_stochastic_depth": 2},
+            "max_epochs_stochastic_depth is for policy training",
+        ),
+        ("blockdrop_training", {"load_features": "a", "load_policy": "a"}, "leave one of them out"),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
         ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
