@@ -62,6 +62,7 @@ __all__ = [
     "count_flops",
     "crop_share",
     "draw_policies",
+    "find_features",
     "fingerprint",
     "fits_memory",
     "get_dataset",
@@ -139,6 +140,18 @@ def load_standard_weights(model: str, rnet: FlatResNet, cv_dir: str | os.PathLik
         return {}
     hint = f"run rnet_sole.ipynb with model = {model!r} first"
     return load_checkpoint(newest_checkpoint(folder, "pk_", hint), rnet)
+
+
+def find_features(model: str, cv_dir: str | os.PathLike = "cv/") -> Path | None:
+    """Return the file for `load_features`: the newest of the ResNet-8 trained on a model's data set.
+
+    None where there is none, and for ImageNet, whose policy network starts from a ResNet-18 as it is.
+    """
+    dataset = parse_model(model).dataset
+    folder = Path(cv_dir, "trained_rnet", f"R8_{dataset}")
+    if dataset == "ImgNet" or not any(folder.glob("pk_*.t7")):
+        return None
+    return newest_checkpoint(folder, "pk_", "")
 
 
 def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:

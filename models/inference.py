@@ -177,14 +177,15 @@ class Prepared:
 
         `kept`: (N, K) booleans on the host. Blocks that all images keep, or none, cost no gather.
         """
+        num_images = len(x)
         counts = kept.sum(0).tolist()
-        keeping = indices_keeping(kept, x.device) if len(x) > 1 else ()
+        keeping = indices_keeping(kept, x.device) if num_images > 1 else ()
         for k in range(first, last):
             shortcut, branch = self.blocks[k]
             passed = x if shortcut is None else shortcut(x)
             if counts[k] == 0:
                 x = passed
-            elif counts[k] == len(x):
+            elif counts[k] == num_images:
                 x = branch(x, passed)
             else:
                 inputs = gather(x, keeping[k])

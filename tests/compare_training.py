@@ -65,7 +65,7 @@ def held_out(args, seed: int, plain: bool) -> dict[str, float]:
     settings = {
         "model": args.model, "batch_size": args.batch_size, "max_images": args.max_images, "seed": seed,
         "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "cl_pace": cl_pace,
-        "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
+        "max_epochs_stochastic_depth": 0, "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         cv_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))

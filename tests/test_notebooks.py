@@ -26,6 +26,7 @@ INFERENCE = {
     "static_images": 50,
 }
 BLOCKDROP = SMALL | {
+    "max_epochs_stochastic_depth": 0,
     "max_epochs_training": 2,
     "max_epochs_finetuning": 2,
     "cl_pace": 3,
@@ -165,12 +166,13 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     printed, at_root, tmp_path, capsys
 ):
     _, folder = printed
-    (sole,) = (folder / "cv" / "trained_rnet" / "R8_SYN").glob("pk_*.t7")
     shutil.copytree(folder / "cv" / "trained_rnet", tmp_path / "trained_rnet")
+    (sole,) = (tmp_path / "trained_rnet" / "R8_SYN").glob("pk_*.t7")
     stages = {f"max_epochs_{stage}": 1 for stage in ("stochastic_depth", "training", "finetuning")}
-    start = {"load_features": str(sole), "cv_dir": str(tmp_path), "beta_finetuning": 0.1}
+    start = {"cv_dir": str(tmp_path), "beta_finetuning": 0.1}
     run_cells("blockdrop_training", BLOCKDROP | stages | start)
-    assert "loaded pair from" in capsys.readouterr().out
+    printed_lines = capsys.readouterr().out
+    assert f"layers start from {sole}" in printed_lines and "loaded pair from" in printed_lines
     files = {
         stage: next((tmp_path / stage / "R8_SYN").glob(pattern))
         for stage, pattern in (
@@ -192,11 +194,13 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     assert pair["policy_seconds"] == policy["seconds"] > earlier
 
     again = {
+        "max_epochs_stochastic_depth": 1,
         "max_epochs_training": 1,
         "max_epochs_finetuning": 0,
         "load_policy": str(files["trained_policy"]),
     }
     left = run_cells("blockdrop_training", BLOCKDROP | again | {"cv_dir": str(tmp_path)})
+    assert "Stochastic depth skipped: no new policy is trained" in capsys.readouterr().out
     utils.load_checkpoint(left["policy_checkpoint"], networks["goes on"])
     assert utils.fingerprint(networks["goes on"]) == prints["trained_policy"]
 
@@ -392,11 +396,6 @@ def test_they_run_on_cuda(tmp_path):
             "blockdrop_training",
             {"max_epochs_training": 0, "load_policy": "a.t7"},
             "or name a policy in load_finetuning",
-        ),
-        (
-            "blockdrop_training",
-            {"max_epochs_training": 0, "max_epochs_stochastic_depth": 2},
-            "max_epochs_stochastic_depth is for policy training",
         ),
         ("blockdrop_training", {"load_features": "a", "load_policy": "a"}, "leave one of them out"),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
