@@ -17,6 +17,7 @@ from models.checkpoints import (
     CheckpointError,
     load_checkpoint,
     load_features,
+    load_policy_file,
     load_weights_to_flatresnet,
     newest_checkpoint,
     read_checkpoint,
@@ -40,7 +41,7 @@ from models.policy import Policy, Policy32, Policy224
 from models.report import Report, three_digits
 from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
 from models.settings import check, check_settings
-from models.training import TrainingRun, check_warmup, fits_memory, one_cycle
+from models.training import TrainingRun, check_warmup, fits_memory, one_cycle, time_spent
 
 __all__ = [
     "BLUE",
@@ -71,6 +72,7 @@ __all__ = [
     "join_processes",
     "load_checkpoint",
     "load_features",
+    "load_policy_file",
     "load_standard_weights",
     "load_weights_to_flatresnet",
     "machine",
@@ -91,6 +93,7 @@ __all__ = [
     "show_image",
     "synchronize",
     "three_digits",
+    "time_spent",
     "total",
     "use_style",
     "whole_numbers",
@@ -145,11 +148,12 @@ def load_standard_weights(model: str, rnet: FlatResNet, cv_dir: str | os.PathLik
 def find_features(model: str, cv_dir: str | os.PathLike = "cv/") -> Path | None:
     """Return the file for `load_features`: the newest of the ResNet-8 trained on a model's data set.
 
-    None where there is none, and for ImageNet, whose policy network starts from a ResNet-18 as it is.
+    None where there is none; for ResNet-8 itself, whose own training would count twice; and for ImageNet,
+    where the policy network starts from torchvision's ResNet-18.
     """
-    dataset = parse_model(model).dataset
-    folder = Path(cv_dir, "trained_rnet", f"R8_{dataset}")
-    if dataset == "ImgNet" or not any(folder.glob("pk_*.t7")):
+    name = parse_model(model)
+    folder = Path(cv_dir, "trained_rnet", f"R8_{name.dataset}")
+    if name.dataset == "ImgNet" or name.depth == 8 or not any(folder.glob("pk_*.t7")):
         return None
     return newest_checkpoint(folder, "pk_", "")
 

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from models.distributed import rank, wait_for_all
 
+_CHOOSE_MODEL = "Choose the `model` that the file was trained for"
+
 # Classes in the original's files beside tensors: parsed arguments, and NumPy numbers under the
 # names that they had before and after NumPy 2.
 _SCALAR = np.float64(0).__reduce__()[0]
@@ -174,17 +176,28 @@ def load_checkpoint(
     return {key: _plain(value) for key, value in rest.items()}
 
 
+def load_policy_file(path: str | os.PathLike, rnet: nn.Module, agent: nn.Module) -> tuple[dict, bool]:
+    """Load a policy into `agent`, and into `rnet` the ResNet that it was trained on, where the file holds it.
+
+    Returns what else the file holds, and whether it holds a ResNet. Errors as in `load_checkpoint`.
+    """
+    has_resnet = "resnet" in read_checkpoint(path)
+    return load_checkpoint(path, rnet if has_resnet else None, agent), has_resnet
+
+
 def load_features(path: str | os.PathLike, agent: nn.Module) -> dict:
     """Load a sole ResNet's checkpoint file into the layers of a policy network; return what else it holds.
 
-    The ResNet-8's of a policy network for small images, or a deeper one's: the first blocks of each
-    segment are taken. FileNotFoundError, CheckpointError; then the policy network stays as it was.
+    The file is one of ResNet-8 (ResNet-18 for ImageNet), or of a deeper one of the same kind: the first
+    blocks of each segment are taken. FileNotFoundError, CheckpointError; then the policy network stays as
+    it was.
     """
     states, rest = _split(read_checkpoint(path), path)
     if "resnet" not in states:
         raise CheckpointError(f"{path} holds no ResNet: name a sole ResNet's file, such as one of R8_C10's")
-    _load_flat(states["resnet"], agent.features, f"the ResNet in {path}")
-    return rest
+    advice = "Name a file of ResNet-8, or of ResNet-18 for ImageNet"
+    _load_flat(states["resnet"], agent.features, f"the ResNet in {path}", advice)
+    return {key: _plain(value) for key, value in rest.items()}
 
 
 def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -> nn.Module:
@@ -201,12 +214,14 @@ def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -
     return target
 
 
-def _load_flat(state: Mapping[str, Tensor], target: nn.Module, what: str) -> None:
+def _load_flat(
+    state: Mapping[str, Tensor], target: nn.Module, what: str, advice: str = _CHOOSE_MODEL
+) -> None:
     """Load a FlatResNet's weights, or, where `target` has no classifier, those that it has a place for."""
     if isinstance(target.fc, nn.Identity):
         wanted = target.state_dict()
         state = {key: value for key, value in state.items() if key in wanted}
-    target.load_state_dict(_fitted(target, state, what))
+    target.load_state_dict(_fitted(target, state, what, advice))
 
 
 def newest_checkpoint(folder: str | os.PathLike, prefix: str, hint: str) -> Path:
@@ -259,7 +274,7 @@ def _flat_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return flat
 
 
-def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
+def _fitted(network: nn.Module, state: Mapping, what: str, advice: str = _CHOOSE_MODEL) -> dict[str, Tensor]:
     """Return `state` complete and checked for `network`, or raise CheckpointError saying why not."""
     expected = network.state_dict()
     # Files from before PyTorch 0.4.1 don't count batches; nothing here uses the count.
@@ -279,8 +294,7 @@ def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
         problem = f"{wrong} has values that are not finite"
     if problem:
         raise CheckpointError(
-            f"{what} does not fit the network: {problem}"
-            f"{_blocks_hint(state, expected)}. Choose the `model` that the file was trained for"
+            f"{what} does not fit the network: {problem}{_blocks_hint(state, expected)}. {advice}"
         )
     return state
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,6 +56,18 @@ def fits_memory(function: Callable) -> Callable:
             ) from error
 
     return run
+
+
+def time_spent(checkpoints: Sequence[Mapping[str, object]]) -> dict[str, float | str | None]:
+    """Return the `seconds` that all of some checkpoints' trainings took, and the `machine`s they ran on.
+
+    Seconds are NaN where a checkpoint doesn't tell its own; machines, parted by "; ", None where none does.
+    """
+    seconds = [found.get("seconds") for found in checkpoints]
+    seconds += [found.get("policy_seconds", 0) for found in checkpoints]
+    machines = [found.get(key) for found in checkpoints for key in ("policy_machine", "machine")]
+    named = dict.fromkeys(name for several in machines if several for name in several.split("; "))
+    return {"seconds": math.nan if None in seconds else sum(seconds), "machine": "; ".join(named) or None}
 
 
 class TrainingRun:

@@ -252,9 +252,20 @@ def test_a_policy_networks_layers_can_come_from_a_resnet(agent, tmp_path):
     with pytest.raises(utils.CheckpointError, match="policy holds no ResNet: name a sole ResNet's file"):
         utils.load_features(tmp_path / "policy", agent)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "foreign")
-    with pytest.raises(utils.CheckpointError, match=r"the ResNet in .*foreign does not fit the network"):
+    with pytest.raises(
+        utils.CheckpointError, match=r"the ResNet in .*foreign does not .* Name a file of ResNet-8"
+    ):
         utils.load_features(tmp_path / "foreign", agent)
     assert all(torch.equal(value, source[key]) for key, value in agent.features.state_dict().items())
+
+
+def test_features_come_from_the_resnet8_of_the_same_data(tmp_path):
+    assert utils.find_features("R20_SYN", tmp_path) is None
+    for name in ("R8_SYN", "R8_C10", "R14_C100"):
+        utils.save_checkpoint(tmp_path / "trained_rnet" / name / "pk_E_1_A_0.5.t7", {"acc": 0.5})
+    for model, expected in (("R20_SYN", "R8_SYN"), ("R32_C10", "R8_C10")):
+        assert utils.find_features(model, tmp_path).parent.name == expected
+    assert all(utils.find_features(model, tmp_path) is None for model in ("R8_SYN", "R20_C100", "R50_ImgNet"))
 
 
 def test_the_newest_checkpoint_is_found(tmp_path):

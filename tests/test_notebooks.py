@@ -169,7 +169,7 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     shutil.copytree(folder / "cv" / "trained_rnet", tmp_path / "trained_rnet")
     (sole,) = (tmp_path / "trained_rnet" / "R8_SYN").glob("pk_*.t7")
     stages = {f"max_epochs_{stage}": 1 for stage in ("stochastic_depth", "training", "finetuning")}
-    start = {"cv_dir": str(tmp_path), "beta_finetuning": 0.1}
+    start = {"load_features": str(sole), "cv_dir": str(tmp_path), "beta_finetuning": 0.1}
     run_cells("blockdrop_training", BLOCKDROP | stages | start)
     printed_lines = capsys.readouterr().out
     assert f"layers start from {sole}" in printed_lines and "loaded pair from" in printed_lines
@@ -190,6 +190,7 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     assert policy["sole_resnet"] == pair["sole_resnet"] == prints["sole"]
     assert len({prints[stage] for stage in ("sole", "trained_policy", "finetuned")}) == 3
     assert prints["trained_policy"] == prints["stochastic_depth"]  # frozen since
+    assert found["trained_policy"]["settings"]["load_features"] == sole.name
     earlier = found["stochastic_depth"]["seconds"] + utils.read_checkpoint(sole)["seconds"]
     assert pair["policy_seconds"] == policy["seconds"] > earlier
 
