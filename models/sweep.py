@@ -2,9 +2,9 @@
 
     python -m models.sweep R20_SYN --penalties -0.5 -1 -2 -5 -p max_epochs_finetuning 12
 
-Each penalty runs `blockdrop_training.ipynb` from the policy trained last and the ResNet it was trained on, with
-checkpoints of its own in `cv/penalties/<penalty>/`; a sweep that was interrupted goes on when it is
-started again. What it found is written to `results/penalties/<model>.json`, which the notebook draws.
+Each penalty runs `blockdrop_training.ipynb` from the policy trained last and the ResNet it was trained
+on, with checkpoints of its own in `cv/penalties/<penalty>/`; a sweep that was interrupted goes on when
+it is started again. What it found is written to `results/penalties/<model>.json`, which the notebook draws.
 To take one of them, run the notebook with that penalty, the same settings and max_epochs_training 0: it
 ends with the same pair.
 """
