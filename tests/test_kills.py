@@ -20,7 +20,9 @@ import utils
 
 NUM_KILLS, NUM_KILLS_LONG = 1, 20
 SMALL = {"model": "R8_SYN", "device": "cpu", "max_images": 240, "batch_size": 24, "seed": 1}
-BLOCKDROP = SMALL | {"cl_pace": 3, "warmup_rnet": 0.5, "warmup_policy": 0.5}
+BLOCKDROP = SMALL | {
+    "max_epochs_stochastic_depth": 0, "cl_pace": 3, "warmup_rnet": 0.5, "warmup_policy": 0.5,
+}  # fmt: skip
 STAGES = {
     "trained_rnet": ("rnet_sole", SMALL | {"epochs": 3}),
     "trained_policy": (

@@ -16,7 +16,7 @@ import utils
 from models import report, sweep
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu", "batch_size": 64}
-SOLE = SMALL | {"epochs": 2}
+SOLE = SMALL | {"epochs": 2, "warmup": 0.2}
 INFERENCE = {
     "model": "R8_SYN",
     "max_images": 300,
@@ -334,7 +334,7 @@ def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
 def test_the_seed_decides_the_weights(at_root, tmp_path):
     def weights(folder, seed):
         settings = BLOCKDROP | {"cv_dir": str(tmp_path / folder), "seed": seed, "deterministic": True}
-        sole = run_cells("rnet_sole", settings | {"epochs": 2})
+        sole = run_cells("rnet_sole", SOLE | settings)
         trained = run_cells("blockdrop_training", settings)
         return [utils.fingerprint(network) for network in (sole["rnet"], trained["rnet"], trained["agent"])]
 
