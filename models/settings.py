@@ -24,7 +24,6 @@ _NUMBERS = {
     "lr": (0,),
     "lr_finetuning": (0,),
     "lr_rnet": (0,),
-    "lr_stochastic_depth": (0,),
     "momentum": (0, 1),
     "penalty": (-math.inf, 0),
     "penalty_finetuning": (-math.inf, 0),
