@@ -149,13 +149,13 @@ def find_features(model: str, cv_dir: str | os.PathLike = "cv/") -> Path | None:
     """Return the file for `load_features`: the newest of the ResNet-8 trained on a model's data set.
 
     None where there is none; for ResNet-8 itself, whose own training would count twice; and for ImageNet,
-    where the policy network starts from torchvision's ResNet-18.
+    where the policy network starts from torchvision's ResNet-18. (R8_C10 learned from images that are not
+    normalized, as R32_C10's policy network sees them: its batch norms take that up in training.)
     """
     name = parse_model(model)
-    folder = Path(cv_dir, "trained_rnet", f"R8_{name.dataset}")
-    if name.dataset == "ImgNet" or name.depth == 8 or not any(folder.glob("pk_*.t7")):
+    if name.dataset == "ImgNet" or name.depth == 8:
         return None
-    return newest_checkpoint(folder, "pk_", "")
+    return newest_checkpoint(Path(cv_dir, "trained_rnet", f"R8_{name.dataset}"), "pk_")
 
 
 def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:

@@ -185,19 +185,18 @@ def load_policy_file(path: str | os.PathLike, rnet: nn.Module, agent: nn.Module)
     return load_checkpoint(path, rnet if has_resnet else None, agent), has_resnet
 
 
-def load_features(path: str | os.PathLike, agent: nn.Module) -> dict:
-    """Load a sole ResNet's checkpoint file into the layers of a policy network; return what else it holds.
+def load_features(path: str | os.PathLike, agent: nn.Module) -> None:
+    """Load a sole ResNet's checkpoint file into the layers of a policy network.
 
     The file is one of ResNet-8 (ResNet-18 for ImageNet), or of a deeper one of the same kind: the first
     blocks of each segment are taken. FileNotFoundError, CheckpointError; then the policy network stays as
     it was.
     """
-    states, rest = _split(read_checkpoint(path), path)
+    states, _ = _split(read_checkpoint(path), path)
     if "resnet" not in states:
         raise CheckpointError(f"{path} holds no ResNet: name a sole ResNet's file, such as one of R8_C10's")
     advice = "Name a file of ResNet-8, or of ResNet-18 for ImageNet"
     _load_flat(states["resnet"], agent.features, f"the ResNet in {path}", advice)
-    return {key: _plain(value) for key, value in rest.items()}
 
 
 def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -> nn.Module:
@@ -224,15 +223,16 @@ def _load_flat(
     target.load_state_dict(_fitted(target, state, what, advice))
 
 
-def newest_checkpoint(folder: str | os.PathLike, prefix: str, hint: str) -> Path:
+def newest_checkpoint(folder: str | os.PathLike, prefix: str, hint: str | None = None) -> Path | None:
     """Return the file `<prefix>*.t7` written last in `folder`.
 
-    FileNotFoundError without one; its message ends with `hint`, what to do about it.
+    Where there is none: FileNotFoundError, whose message ends with `hint`, what to do about it; without
+    a hint, None.
     """
     files = sorted(Path(folder).glob(f"{prefix}*.t7"), key=lambda p: (p.stat().st_mtime, p.name))
-    if not files:
+    if not files and hint is not None:
         raise FileNotFoundError(f"there is no {prefix}*.t7 in {folder}: {hint}")
-    return files[-1]
+    return files[-1] if files else None
 
 
 def _split(content: dict, path: str | os.PathLike) -> tuple[dict[str, dict], dict]:

@@ -92,7 +92,7 @@ def results_tables(reports: list[Mapping]) -> str:
     time = [
         "| model | machine | ms an image, batch 1: sole, BlockDrop | large batch: sole, BlockDrop "
         "| break-even in blocks (range), batch 1; large batch "
-        "| seconds of training: sole, policy, finetuning |",
+        "| seconds of training: sole, policy with what it builds on, finetuning |",
         "|---" * 6 + "|",
     ]
     for report in reports:
