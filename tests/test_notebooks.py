@@ -170,7 +170,7 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     (sole,) = (tmp_path / "trained_rnet" / "R8_SYN").glob("pk_*.t7")
     stages = {f"max_epochs_{stage}": 1 for stage in ("stochastic_depth", "training", "finetuning")}
     start = {"load_features": str(sole), "cv_dir": str(tmp_path), "beta_finetuning": 0.1}
-    run_cells("blockdrop_training", BLOCKDROP | stages | start)
+    whole = run_cells("blockdrop_training", BLOCKDROP | stages | start)
     printed_lines = capsys.readouterr().out
     assert f"layers start from {sole}" in printed_lines and "loaded pair from" in printed_lines
     files = {
@@ -204,6 +204,14 @@ def test_policy_training_can_start_from_a_resnet_that_has_learned_without_blocks
     assert "Stochastic depth skipped: no new policy is trained" in capsys.readouterr().out
     utils.load_checkpoint(left["policy_checkpoint"], networks["goes on"])
     assert utils.fingerprint(networks["goes on"]) == prints["trained_policy"]
+
+    for checkpoint, next_stage in (
+        ("depth_checkpoint", "start_policy_training"),
+        ("policy_checkpoint", "start_finetuning"),
+    ):
+        whole[checkpoint] = None  # as a cell leaves it that was interrupted
+        with pytest.raises(RuntimeError, match="is not done: run its cell again"):
+            whole[next_stage]()
 
 
 def test_the_readmes_main_job_runs(tmp_path):
