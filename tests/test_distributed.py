@@ -19,6 +19,8 @@ BLOCKDROP = SMALL | {
     "max_epochs_training": 2,
     "max_epochs_finetuning": 2,
     "cl_pace": 2,
+    "penalty": -1,  # a harder one makes a larger loss, and a noisier one
+    "lr": 1e-4,
     "warmup_rnet": 0.3,
 }
 REPORT = """
