@@ -20,6 +20,7 @@ BLOCKDROP = SMALL | {
     "max_epochs_finetuning": 2,
     "cl_pace": 2,
     "penalty": -1,  # a harder one makes a larger loss, and a noisier one
+    "penalty_finetuning": -1,
     "lr": 1e-4,
     "warmup_rnet": 0.3,
 }
