@@ -18,6 +18,7 @@ def check(name: str, value: object, low: float, high: float = math.inf, whole: b
 # The lowest, and where there is one the first that is too high.
 _NUMBERS = {
     "alpha": (0.51, 1),  # at 0.5 a sampled policy would not depend on the policy network
+    "alpha_finetuning": (0.51, 1),
     "beta": (0,),
     "beta_finetuning": (0,),
     "holdout": (0, 1),
@@ -30,6 +31,7 @@ _NUMBERS = {
     "seconds": (0,),
     "small_crops": (0, 1),
     "survival_probability": (0.01, 1),
+    "temperature_finetuning": (0.02, 1.01),  # below, powers of probabilities underflow
     "warmup": (0, 1),
     "warmup_policy": (0, 1),
     "warmup_rnet": (0, 1),

@@ -78,7 +78,7 @@ def plain_loop(nb, run, loader, rnet, agent, optimizer, finetuning, cl_step):
     for inputs, targets in run.batches(loader):
         inputs, targets = inputs.to(nb["device"]), targets.to(nb["device"])
         probs = agent(inputs)[0]
-        explored = nb["explore"](probs)
+        explored = nb["explore"](probs, nb["alpha"])
         greedy = nb["keep_first"](greedy_policy(probs), cl_step)
         sampled = nb["keep_first"](torch.bernoulli(explored.detach()), cl_step)
         logits_greedy, logits = rnet(inputs, greedy), rnet(inputs, sampled)

@@ -37,6 +37,6 @@ def algorithm():
     notebook = nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4)
     code = notebook.cells[1].source if notebook.cells[1].cell_type == "code" else ""
     tagged = [c.source for c in notebook.cells if "algorithm" in c.metadata.get("tags", [])]
-    namespace = {"alpha": 0.8, "num_blocks": 4, "cl_pace": 1}
+    namespace = {"num_blocks": 4, "cl_pace": 1}
     exec("\n".join([code, *tagged]), namespace)
     return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})

@@ -32,8 +32,18 @@ def test_reward_is_the_slow_formula(algorithm, n, num_blocks, num_classes, penal
 
 
 def test_exploration_bounds_probabilities(algorithm):
-    explored = algorithm.explore(torch.tensor([0.0, 0.25, 0.5, 1.0]))
+    explored = algorithm.explore(torch.tensor([0.0, 0.25, 0.5, 1.0]), alpha=0.8)
     torch.testing.assert_close(explored, torch.tensor([0.2, 0.35, 0.5, 0.8]))
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.1, 0.5, 1])
+def test_temperature_divides_the_logits(algorithm, temperature):
+    logits = torch.tensor([-9.0, -0.5, 0, 0.1, 20], requires_grad=True)
+    explored = algorithm.explore(torch.sigmoid(logits), 0.99, temperature)
+    expected = 0.01 + 0.98 * torch.sigmoid(logits / temperature)
+    torch.testing.assert_close(explored, expected, atol=1e-5, rtol=1e-4)
+    explored.sum().backward()
+    assert logits.grad.isfinite().all() and logits.grad[2] > 0
 
 
 def test_sampled_policies_follow_their_probabilities(algorithm):
@@ -57,7 +67,7 @@ def test_curriculum_keeps_the_first_blocks(algorithm):
 @pytest.mark.parametrize("cl_step", [1, 3, 4])
 def test_policy_loss_is_the_formula(algorithm, cl_step):
     torch.manual_seed(0)
-    explored = algorithm.explore(torch.rand(5, 4))
+    explored = algorithm.explore(torch.rand(5, 4), alpha=0.8)
     sampled = torch.bernoulli(explored)
     advantage = torch.randn(5)
     expected = 0
@@ -80,6 +90,6 @@ def test_gradient_follows_the_reward(algorithm):
     """A sampled policy better than the greedy one becomes more likely."""
     logits = torch.zeros(1, 4, requires_grad=True)
     sampled = torch.tensor([[1.0, 0, 1, 0]])
-    explored = algorithm.explore(torch.sigmoid(logits))
+    explored = algorithm.explore(torch.sigmoid(logits), alpha=0.8)
     algorithm.policy_loss(explored, sampled, torch.tensor([0.5]), 4, beta=0).backward()
     assert (-logits.grad).sign().tolist() == [[1, -1, 1, -1]]

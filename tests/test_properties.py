@@ -98,13 +98,13 @@ def rewards_of(policies):
 
 
 @cases
-@given(st.lists(st.floats(-3, 3), min_size=2, max_size=2))
-def test_the_policys_gradient_is_that_of_the_expected_reward(algorithm, start):
+@given(st.lists(st.floats(-3, 3), min_size=2, max_size=2), st.sampled_from([0.1, 1]))
+def test_the_policys_gradient_is_that_of_the_expected_reward(algorithm, start, temperature):
     """The loss, averaged over all policies by their probability, has the expected reward's gradient."""
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=2)))
 
     def explored_and_chances(logits):
-        explored = algorithm.explore(torch.sigmoid(logits))
+        explored = algorithm.explore(torch.sigmoid(logits), 0.8, temperature)
         return explored, (explored * every + (1 - explored) * (1 - every)).prod(1)
 
     logits = torch.tensor(start, requires_grad=True)
@@ -128,7 +128,7 @@ def test_a_trained_toy_finds_the_best_policy(algorithm):
     optimizer = torch.optim.Adam([logits], 0.05)
     for _ in range(200):
         probs = torch.sigmoid(logits).expand(64, 2)
-        explored = algorithm.explore(probs)
+        explored = algorithm.explore(probs, alpha=0.8)
         sampled = torch.bernoulli(explored.detach())
         advantage = rewards_of(sampled) - rewards_of((probs >= 0.5).float())
         optimizer.zero_grad()
