@@ -31,7 +31,7 @@ _NUMBERS = {
     "seconds": (0,),
     "small_crops": (0, 1),
     "survival_probability": (0.01, 1),
-    "temperature_finetuning": (0.02, 1.01),  # below, powers of probabilities underflow
+    "temperature_finetuning": (0.02, 1 + 1e-9),  # powers underflow below, have infinite slopes above
     "warmup": (0, 1),
     "warmup_policy": (0, 1),
     "warmup_rnet": (0, 1),

@@ -1,6 +1,6 @@
 """A penalty sweep: finetuning with several penalties, to see how accuracy and blocks trade off.
 
-    python -m models.sweep R20_SYN --penalties -0.5 -1 -2 -5 -p max_epochs_finetuning 12
+    python -m models.sweep R20_SYN --penalties -0.5 -2 -5 -15 -p max_epochs_finetuning 12
 
 Each penalty runs `blockdrop_training.ipynb` from the policy trained last and the ResNet it was trained
 on, with checkpoints of its own in `cv/penalties/<penalty>/`; a sweep that was interrupted goes on when

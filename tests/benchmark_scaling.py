@@ -1,17 +1,17 @@
 r"""Project how long training takes on several devices, from step times and gradient sizes.
 
     python tests/benchmark_scaling.py --model R110_C10 --batch-size 512 --epochs 80 20 15 60
-    python tests/benchmark_scaling.py --model R101_ImgNet --batch-size 256 --images 1281167 \
+    python tests/benchmark_scaling.py --model R101_ImgNet --batch-size 256 --images 1153050 \
         --epochs 90 0 10 30
 
-Of a batch each of n devices takes 1 / n. Measured, on this device, are the seconds that a step of so many
-images takes, of random ones and with untrained networks, whose policy keeps about half of the blocks. Then
-gradients are exchanged, in a ring: each device sends and receives 2 (n - 1) / n times their bytes. So
+Each of n devices takes 1 / n of a batch. Measured on this one are the seconds of a step of so many images:
+random ones, whole ones for the sole ResNet too, and untrained networks, whose policy keeps about half of the
+blocks. Then gradients are exchanged, in a ring: each device sends and receives 2 (n - 1) / n times their bytes. So
 
     seconds = epochs * steps an epoch * (seconds a step + 2 (n - 1) / n * bytes / bandwidth)
 
 No exchange is hidden behind the step here, as DDP does, and no device waits for a slower one: the
-truth may lie on either side. Tests on held-out images are not counted.
+truth may lie on either side. What happens once an epoch, such as tests on held-out images, is not counted.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
     rnet, agent = (4 * sum(p.numel() for p in nb[name].parameters()) for name in ("rnet", "agent"))
     exchanged = dict(zip(STAGES, (rnet, rnet, agent, rnet + agent), strict=True))
     steps = math.ceil(args.images / args.batch_size)
-    columns = [f"ms a step of {math.ceil(args.batch_size / n)}; hours on {n}" for n in args.devices]
+    columns = [f"ms a step of {math.ceil(args.batch_size / n)}; hours on {n} devices" for n in args.devices]
     print("| stage | epochs | steps an epoch | MB of gradients |", " | ".join(columns), "|")
     print("|---" * (4 + len(columns)) + "|")
     hours = dict.fromkeys(args.devices, 0)
