@@ -6,7 +6,8 @@ r"""Project how long training takes on several devices, from step times and grad
 
 Each of n devices takes 1 / n of a batch. Measured on this one are the seconds of a step of so many images:
 random ones, whole ones for the sole ResNet too, and untrained networks, whose policy keeps about half of the
-blocks. Then gradients are exchanged, in a ring: each device sends and receives 2 (n - 1) / n times their bytes. So
+blocks. Then gradients are exchanged, in a ring: each device sends and receives 2 (n - 1) / n times their
+bytes. So
 
     seconds = epochs * steps an epoch * (seconds a step + 2 (n - 1) / n * bytes / bandwidth)
 
