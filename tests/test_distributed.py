@@ -22,6 +22,9 @@ BLOCKDROP = SMALL | {
     "penalty": -1,  # a harder one makes a larger loss, and a noisier one
     "penalty_finetuning": -1,
     "lr": 1e-4,
+    "lr_finetuning": 1e-5,
+    "alpha_finetuning": 0.95,
+    "temperature_finetuning": 1,
     "warmup_rnet": 0.3,
 }
 REPORT = """
