@@ -37,7 +37,7 @@ def seconds_a_step(nb: dict, args, num_images: int) -> dict[str, float]:
     device, spec = nb["device"], utils.parse_model(args.model)
     images = torch.rand(num_images, 3, spec.image_size, spec.image_size, device=device)
     batch = images.to(memory_format=torch.channels_last), torch.arange(num_images, device=device) % 10
-    nb["trainloader"] = [batch] * (args.steps + WARMUP)
+    nb["trainloader"] = [batch] * (args.batches + WARMUP)
     nb["num_blocks"] = utils.build_model(args.model)[0].num_blocks
     policy_training = loops(nb, args, cl_step=nb["num_blocks"])["ours"]
     medians = {"policy training": np.median(policy_training())}
@@ -45,7 +45,7 @@ def seconds_a_step(nb: dict, args, num_images: int) -> dict[str, float]:
     for stage, train in (
         ("stochastic depth", nb["train_stochastic_depth"]), ("sole ResNet", lambda: train_sole(nb)),
     ):  # fmt: skip
-        nb["stochastic_depth"] = FewBatches(args.steps, device)
+        nb["stochastic_depth"] = FewBatches(args.batches, device)
         train()
         medians[stage] = np.median(nb["stochastic_depth"].times)
     return medians
@@ -70,9 +70,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, nargs=4, default=(80, 20, 15, 60), help=", ".join(STAGES))
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 8, 64))
     parser.add_argument("--bandwidth", type=float, default=10, help="of the network, gigabytes a second")
-    parser.add_argument("--steps", type=int, default=5, help="to be timed")
+    parser.add_argument("--batches", type=int, default=5, help="to be timed")
     args = parser.parse_args()
-    args.batches = args.steps  # as `loops` calls them
     nb = notebook("R20_SYN", 64)  # for the functions of its cells; networks and images are replaced
     print(f"{args.model}, {args.batch_size} images a step, {args.bandwidth:g} GB/s, {nb['precision']}, "
           f"{utils.machine(nb['device'])}\n")  # fmt: skip
