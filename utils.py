@@ -27,6 +27,7 @@ from models.data import Images, Loader, crop_share, get_dataset, hold_out, pixel
 from models.distributed import first_goes_first, gathered, join_processes, parallel, total
 from models.machine import (
     autocast,
+    choose_compiled,
     choose_device,
     choose_precision,
     machine,
@@ -58,6 +59,7 @@ __all__ = [
     "check",
     "check_settings",
     "check_warmup",
+    "choose_compiled",
     "choose_device",
     "choose_precision",
     "count_flops",

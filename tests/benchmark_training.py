@@ -1,13 +1,15 @@
 """Time an epoch of sole training against the plain loop, and show that accuracy is the same.
 
     python tests/benchmark_training.py --model R32_C10 --batches 12
-    python tests/benchmark_training.py --model R8_C10 --epochs 3
+    python tests/benchmark_training.py --model R32_C10 --batch-size 128 --batches 12 --compiled
+    python tests/benchmark_training.py --model R8_C10 --epochs 10 --seeds 42 1 2
 
 The plain loop: fp32, contiguous, augmented image by image in DataLoader workers. Ours: data on the
-device in bytes and augmented there, channels last, bf16 where the machine has it. `--batches` times so
-many batches of each, in turn, ours on crops of 3/4 the width too, and prints the ratios; `--epochs`
-trains both in full, ours on small crops only where `--small-crops` says so, and prints held-out
-accuracies too. Peak memory is that of a process that runs ours alone.
+device in bytes and augmented there, channels last, bf16 where the machine has it, by torch.compile with
+`--compiled` (compiling itself is not timed). `--batches` times so many batches of each, in turn, ours
+on crops of 3/4 the width too, and prints the ratios; `--epochs` trains both in full with each of
+`--seeds`, ours on small crops only where `--small-crops` says so, and prints held-out accuracies and
+the mean of their differences. Peak memory is that of a process that runs ours alone.
 """
 
 import argparse
@@ -53,12 +55,12 @@ class OneByOne(torch.utils.data.Dataset):
         return self.transform(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
-def setup(args, plain: bool):
+def setup(args, plain: bool, seed: int):
     """Return device, network, loader, precision, optimizer and held-out loader of one of the loops."""
     device = utils.choose_device("auto")
     trainset, testset = utils.get_dataset(args.model, "data/")
     trainset, valset = utils.hold_out(trainset, testset, 0.1)
-    utils.seed_everything(args.seed)
+    utils.seed_everything(seed)
     rnet, _ = utils.build_model(args.model)
     if plain:
         loader = torch.utils.data.DataLoader(
@@ -70,6 +72,8 @@ def setup(args, plain: bool):
         loader = utils.Loader(trainset, args.batch_size, device, shuffle=True)
         precision = utils.choose_precision("auto", device)
         rnet.to(device, memory_format=torch.channels_last)
+        if utils.choose_compiled(args.compiled, precision, device, 0):
+            rnet.compile(dynamic=False)
     optimizer = torch.optim.SGD(rnet.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
     return device, rnet, loader, precision, optimizer, utils.Loader(valset, 1000, device)
 
@@ -82,7 +86,7 @@ def steps(device, rnet, loader, precision, optimizer, crop=1):
         if crop < 1:
             inputs = random_crop(inputs, crop)
         with utils.autocast(precision, device):
-            loss = F.cross_entropy(rnet.forward_full(inputs), targets)
+            loss = F.cross_entropy(rnet(inputs), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -94,7 +98,7 @@ def time_batches(args) -> None:
     """Print the seconds an epoch takes: the loops in turn, each alone, so many batches at a time."""
     crops = {"plain": 1, "ours, small crops": 0.75, "ours, whole images": 1}
     seconds = {name: [] for name in crops}
-    loops = {name: setup(args, plain=name == "plain") for name in crops}
+    loops = {name: setup(args, name == "plain", args.seeds[0]) for name in crops}
     for _ in range(ROUNDS):
         for name, loop in loops.items():
             running = steps(*loop[:5], crops[name])
@@ -114,31 +118,43 @@ def time_batches(args) -> None:
     print(f"ratio: {plain / small:.2f} on small crops, {plain / whole:.2f} on whole images")
 
 
+def train_in_full(args, plain: bool, seed: int) -> tuple[float, float]:
+    """Train one of the loops for `--epochs` epochs; return seconds and held-out accuracy (%)."""
+    device, rnet, loader, precision, optimizer, valloader = setup(args, plain, seed)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 0.2, total_steps=args.epochs * len(loader), pct_start=0.2, cycle_momentum=False
+    )
+    start = time.perf_counter()
+    for epoch in range(args.epochs):
+        crop = 1 if plain else utils.crop_share(epoch, args.epochs, args.small_crops)
+        for _ in steps(device, rnet, loader, precision, optimizer, crop):
+            scheduler.step()
+    seconds = time.perf_counter() - start
+    rnet.eval()
+    with torch.no_grad():
+        right = sum((rnet.forward_full(x).argmax(1) == y).sum().item() for x, y in valloader)
+    return seconds, 100 * right / valloader.num_images
+
+
 def train_both(args) -> None:
-    """Train both loops for `--epochs` epochs and print seconds and held-out accuracy."""
-    seconds = {}
-    for name in ("plain", "ours"):
-        device, rnet, loader, precision, optimizer, valloader = setup(args, plain=name == "plain")
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, 0.2, total_steps=args.epochs * len(loader), pct_start=0.2, cycle_momentum=False
+    """Train both loops with every seed; print seconds, held-out accuracies and their mean difference."""
+    differences = []
+    for seed in args.seeds:
+        seconds, accuracy = zip(*(train_in_full(args, plain, seed) for plain in (True, False)), strict=True)
+        differences.append(accuracy[1] - accuracy[0])
+        print(
+            f"seed {seed}: plain {accuracy[0]:.2f} % held out in {seconds[0]:.0f} s, "
+            f"ours {accuracy[1]:.2f} % in {seconds[1]:.0f} s; ratio of times: {seconds[0] / seconds[1]:.2f}",
+            flush=True,
         )
-        start = time.perf_counter()
-        for epoch in range(args.epochs):
-            crop = utils.crop_share(epoch, args.epochs, args.small_crops) if name == "ours" else 1
-            for _ in steps(device, rnet, loader, precision, optimizer, crop):
-                scheduler.step()
-        seconds[name] = time.perf_counter() - start
-        rnet.eval()
-        with torch.no_grad():
-            right = sum((rnet.forward_full(x).argmax(1) == y).sum().item() for x, y in valloader)
-        accuracy = 100 * right / valloader.num_images
-        print(f"{name:>5}: {seconds[name]:7.1f} s, held-out accuracy {accuracy:.2f} %", flush=True)
-    print(f"ratio: {seconds['plain'] / seconds['ours']:.2f}")
+    if len(differences) > 1:
+        error = np.std(differences, ddof=1) / len(differences) ** 0.5
+        print(f"ours minus plain: {np.mean(differences):+.2f} ± {error:.2f} points (mean, standard error)")
 
 
 def peak_memory(args) -> None:
     """Run a few batches of ours alone and print the process's peak memory."""
-    loop = setup(args, plain=False)
+    loop = setup(args, False, args.seeds[0])
     running = steps(*loop[:5])
     for _ in range(5):
         next(running)
@@ -156,7 +172,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=0, help="train both in full instead")
     parser.add_argument("--small-crops", type=float, default=0, help="share of ours' epochs on small crops")
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="several with --epochs only")
+    parser.add_argument("--compiled", action="store_true", help="ours by torch.compile")
     parser.add_argument("--memory", action="store_true", help="print the peak memory of ours alone")
     args = parser.parse_args()
     if args.memory:

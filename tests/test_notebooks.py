@@ -231,6 +231,7 @@ class Interrupted(KeyboardInterrupt):
     ("name", "settings", "same_kernel"),
     [
         ("rnet_sole", SOLE, True),
+        ("rnet_sole", SOLE | {"compiled": True, "small_crops": 0.5}, True),
         ("blockdrop_training", ALL_STAGES, True),
         ("blockdrop_training", ALL_STAGES, False),
     ],
