@@ -293,6 +293,10 @@ def test_small_crops_come_first(at_root, tmp_path, monkeypatch):
     few = {"small_crops": 0.5, "max_images": 100, "batch_size": 18, "cv_dir": str(tmp_path)}  # 5 batches
     run_cells("rnet_sole", SOLE | few)
     assert widths == [24] * 5 + [32] * 5
+    widths.clear()
+    run_cells("blockdrop_training", ALL_STAGES | few)
+    # Stochastic depth, policy training on whole images, finetuning.
+    assert widths == ([24] * 5 + [32] * 5) + [32] * 10 + ([24] * 5 + [32] * 5)
 
 
 @pytest.mark.parametrize("skip_dropped", [True, False])
