@@ -42,7 +42,7 @@ class FewBatches:
     def __init__(self, batches: int, device: torch.device):
         self.num_batches, self.device, self.times = batches, device, []
 
-    def batches(self, loader):
+    def batches(self, loader, crop=1):
         remaining = iter(loader)
         for index in range(self.num_batches + WARMUP):
             start = time.perf_counter()

@@ -330,7 +330,7 @@ def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
         return policy_loss(explored, sampled, advantage, *more, **options)
 
     class OneBatch:
-        def batches(self, loader):
+        def batches(self, loader, crop=1):
             return [next(iter(loader))]
 
         def mean_loss(self, losses, loader):
