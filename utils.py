@@ -27,9 +27,9 @@ from models.data import Images, Loader, crop_share, get_dataset, hold_out, pixel
 from models.distributed import first_goes_first, gathered, join_processes, parallel, total
 from models.machine import (
     autocast,
-    choose_compiled,
     choose_device,
     choose_precision,
+    compile_calls,
     machine,
     measure,
     peak_memory,
@@ -59,9 +59,9 @@ __all__ = [
     "check",
     "check_settings",
     "check_warmup",
-    "choose_compiled",
     "choose_device",
     "choose_precision",
+    "compile_calls",
     "count_flops",
     "crop_share",
     "draw_policies",

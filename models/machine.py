@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-STEPS_WORTH_COMPILING = 5000  # R32 at batch 128 on two cores: 100 s to compile, 20 to 36 ms saved a step
-
 
 def choose_device(device: str = "auto", deterministic: bool = False) -> torch.device:
     """Return the device of a name; `auto` is CUDA where there is some, else the CPU.
@@ -85,28 +83,23 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def choose_compiled(compiled: bool | str, precision: str, device: torch.device, num_steps: int) -> bool:
-    """Return whether `torch.compile` is to make a network faster that trains for so many steps.
+def compile_calls(network: torch.nn.Module, device: torch.device) -> None:
+    """Have `torch.compile` make the calls of a network faster; its other methods stay as they are.
 
-    For "auto": in bf16 on a CPU that can compile, where it was measured to pay, in a training long
-    enough to earn the minutes of compiling back. RuntimeError where it is asked for and PyTorch
-    can't compile.
+    Each shape of input is compiled at its first call, which takes a minute for a deep network on two
+    cores. RuntimeError where PyTorch can't compile.
     """
-    worth_it = device.type == "cpu" and precision == "bf16" and num_steps >= STEPS_WORTH_COMPILING
-    if not compiled or (compiled == "auto" and not worth_it):
-        return False
     # PyTorch tells in a warning that a CUDA toolkit lies on a machine without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         torch.compile(torch.relu)(torch.ones(2, device=device))
     except RuntimeError as error:
-        if compiled == "auto":
-            return False
+        reason = str(error).partition("\n")[0]
         raise RuntimeError(
-            "compiled = True needs what torch.compile needs, on a CPU a C++ compiler and Python's headers "
-            "(Debian: g++ and python3-dev): install it, or set compiled to False"
+            "torch.compile does not work here; on a CPU it needs a C++ compiler and Python's headers "
+            f"(Debian: g++ and python3-dev): install them, or set compiled to False ({reason})"
         ) from error
-    return True
+    network.compile(dynamic=False)
 
 
 def seed_everything(seed: int, *more: int) -> None:

@@ -51,8 +51,7 @@ _WHOLE_NUMBERS = {
     "warmup_images": 0,
     "workers": 0,
 }
-_SWITCHES = ("deterministic", "resume", "skip_dropped")
-_SWITCHES_OR_AUTO = ("compiled",)
+_SWITCHES = ("compiled", "deterministic", "resume", "skip_dropped")
 _TEXTS = ("cv_dir", "data_dir")
 _LOADED = ("load", "load_features", "load_finetuning", "load_policy", "load_rnet")
 _OPTIONAL_TEXTS = (*_LOADED, "date", "results_dir")
@@ -71,8 +70,6 @@ def check_settings(settings: Mapping[str, object]) -> None:
             check(name, value, _WHOLE_NUMBERS[name], whole=True)
         elif name in _SWITCHES and not isinstance(value, bool):
             raise ValueError(f"{name} is {value!r}, expected True or False")
-        elif name in _SWITCHES_OR_AUTO and not (isinstance(value, bool) or value == "auto"):
-            raise ValueError(f'{name} is {value!r}, expected True, False or "auto"')
         elif name in _TEXTS and not isinstance(value, (str, os.PathLike)):
             raise ValueError(f"{name} is {value!r}, expected a text in quotes")
         elif name in _OPTIONAL_TEXTS and not isinstance(value, (str, os.PathLike, type(None))):

@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import utils
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
@@ -29,6 +32,15 @@ def cifar10():
     if not (ROOT / "data" / "cifar-10-batches-py" / "test_batch").is_file():
         pytest.skip("CIFAR-10 is not in data/: run a notebook on C10 once to download it")
     return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Nothing; where torch.compile does not work, the test is skipped."""
+    try:
+        utils.compile_calls(torch.nn.ReLU(), torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -231,15 +231,17 @@ class Interrupted(KeyboardInterrupt):
     ("name", "settings", "same_kernel"),
     [
         ("rnet_sole", SOLE, True),
-        ("rnet_sole", SOLE | {"compiled": True, "small_crops": 0.5}, True),
+        ("rnet_sole", SOLE | {"compiled": True, "small_crops": 0.5}, False),
         ("blockdrop_training", ALL_STAGES, True),
         ("blockdrop_training", ALL_STAGES, False),
     ],
 )
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    printed, at_root, tmp_path, monkeypatch, name, settings, same_kernel
+    printed, at_root, tmp_path, monkeypatch, request, name, settings, same_kernel
 ):
     """Stopped inside epochs; the cell, or the notebook, runs again: the same weights to the bit."""
+    if settings.get("compiled"):
+        request.getfixturevalue("compiler")
     _, folder = printed
 
     def run(cv_dir):
@@ -279,6 +281,17 @@ def test_every_cell_can_be_run_twice(at_root, tmp_path):
         answers = [tested["report"].numbers[key] for key in ("baselines", "keep rate of each block")]
         found[times] = utils.fingerprint(sole["rnet"], trained["rnet"], trained["agent"]), answers
     assert found[1] == found[2]
+
+
+def test_compiled_training_is_the_same_but_for_rounding(at_root, tmp_path, compiler):
+    few = SOLE | {"max_images": 100, "batch_size": 18, "precision": "fp32"}
+    losses, weights = [], []
+    for compiled in (False, True):
+        left = run_cells("rnet_sole", few | {"compiled": compiled, "cv_dir": str(tmp_path / str(compiled))})
+        losses.append([row["loss"] for row in left["run"].history])
+        weights.append(utils.fingerprint(left["rnet"]))
+    assert losses[1] == pytest.approx(losses[0], abs=0.01)
+    assert weights[1] != weights[0]
 
 
 def test_small_crops_come_first(at_root, tmp_path, monkeypatch):
@@ -415,6 +428,7 @@ def test_they_run_on_cuda(tmp_path):
         ("blockdrop_training", {"load_features": "a", "load_policy": "a"}, "leave one of them out"),
         ("blockdrop_training", {"cl_pace": 0.5}, "cl_pace is 0.5, expected a whole number, 1 or more"),
         ("blockdrop_inference", {"batch_sizes": [0]}, "each of batch_sizes is 0, expected a whole number"),
+        ("rnet_sole", {"compiled": "yes"}, "compiled is 'yes', expected True or False"),
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
         ("rnet_sole", {"max_images": 2}, "leaves one part empty"),
         ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),

@@ -275,21 +275,13 @@ def test_bad_settings():
         utils.choose_device(None)
 
 
-def test_compiling_is_left_out_where_it_does_not_pay_or_work(monkeypatch):
+def test_without_a_compiler(monkeypatch):
     def fails(function):
-        raise RuntimeError("no compiler")
+        raise RuntimeError("no compiler\nmore of it")
 
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    assert utils.choose_compiled("auto", "bf16", cpu, 10**6)
-    assert not utils.choose_compiled("auto", "bf16", cpu, 100)
-    assert not utils.choose_compiled("auto", "fp32", cpu, 10**6)
-    assert utils.choose_compiled(True, "fp32", cpu, 100)
     monkeypatch.setattr(torch, "compile", fails)
-    assert not utils.choose_compiled("auto", "bf16", cpu, 10**6)
-    assert not utils.choose_compiled(False, "bf16", cpu, 10**6)
-    with pytest.raises(RuntimeError, match="on a CPU a C\\+\\+ compiler"):
-        utils.choose_compiled(True, "bf16", cpu, 100)
+    with pytest.raises(RuntimeError, match=r"or set compiled to False \(no compiler\)$"):
+        utils.compile_calls(torch.nn.ReLU(), torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------ statistics
