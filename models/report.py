@@ -112,9 +112,12 @@ def results_tables(reports: list[Mapping]) -> str:
         training = "; ".join(
             "unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()
         )
-        machines = [machine or "unknown" for machine in report["training machines"].values()]
-        if set(machines) != {report["machine"]}:
-            training += f" (on {'; '.join(machines if len(set(machines)) > 1 else machines[:1])})"
+        stages_on: dict[str, list[str]] = {}
+        for stage, machine in report["training machines"].items():
+            stages_on.setdefault(machine or "unknown machine", []).append(stage)
+        if set(stages_on) != {report["machine"]}:
+            told = [f"{', '.join(stages)}: {machine}" for machine, stages in stages_on.items()]
+            training += f" ({'; '.join(told)})"
         per_image = next(iter(report["learned policies better by, in points"].values()))
         correlation = "difficulty unknown"
         found = report.get("rank correlation of difficulty and blocks")
