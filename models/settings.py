@@ -31,7 +31,8 @@ _NUMBERS = {
     "seconds": (0,),
     "small_crops": (0, 1),
     "survival_probability": (0.01, 1),
-    "temperature_finetuning": (0.02, 1 + 1e-9),  # powers underflow below, have infinite slopes above
+    "temperature": (0.02, 1 + 1e-9),  # powers underflow below, have infinite slopes above
+    "temperature_finetuning": (0.02, 1 + 1e-9),
     "warmup": (0, 1),
     "warmup_policy": (0, 1),
     "warmup_rnet": (0, 1),

@@ -24,6 +24,7 @@ BLOCKDROP = SMALL | {
     "lr": 1e-4,
     "lr_finetuning": 1e-5,
     "alpha_finetuning": 0.95,
+    "temperature": 1,
     "temperature_finetuning": 1,
     "warmup_rnet": 0.3,
 }
