@@ -152,7 +152,7 @@ def find_features(model: str, cv_dir: str | os.PathLike = "cv/") -> Path | None:
 
     None where there is none; for ResNet-8 itself, whose own training would count twice; and for ImageNet,
     where the policy network starts from torchvision's ResNet-18. (R8_C10 learned from images that are not
-    normalized, as R32_C10's policy network sees them: its batch norms take that up in training.)
+    normalized, and R32_C10's policy network sees normalized ones: its batch norms take that up in training.)
     """
     name = parse_model(model)
     if name.dataset == "ImgNet" or name.depth == 8:

@@ -60,10 +60,9 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
 
 
 def choose_precision(precision: str, device: torch.device, allowed: Sequence[str] = ("fp32", "bf16")) -> str:
-    """Return the precision that is asked for; for "auto", the faster one of fp32 and bf16 on the device.
+    """Return the precision that is asked for; for "auto", bf16 where the device has instructions for it.
 
-    That is bf16 on CUDA GPUs and CPUs that have instructions for it. ValueError for one that is not
-    among the `allowed`.
+    Else fp32. ValueError for a precision that is not among the `allowed`.
     """
     if precision in allowed:
         return precision

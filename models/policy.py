@@ -26,11 +26,6 @@ class Policy(nn.Module):
         self.logit = nn.Linear(feat_dim, num_blocks)
         self.vnet = nn.Linear(feat_dim, 1)
 
-    @property
-    def num_blocks(self) -> int:
-        """K, the number of blocks that the policy decides on."""
-        return self.logit.out_features
-
     def view(self, x: Tensor) -> Tensor:
         """Return the images (N, 3, H, W) as the policy network looks at them."""
         return x

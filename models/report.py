@@ -84,27 +84,35 @@ def three_digits(number: float) -> str:
 def results_tables(reports: list[Mapping]) -> str:
     """Return the README's Markdown tables, a row a report: what is gained and lost, and the time."""
     quality = [
-        "| model | accuracy (%): sole, BlockDrop | blocks kept | distinct policies "
-        "| FLOPs an image: sole, BlockDrop | deciding per image brings, over one learned policy (points) "
+        "| model | accuracy (%): sole, BlockDrop, one policy | blocks kept: BlockDrop, one policy "
+        "| distinct policies | FLOPs an image: sole, BlockDrop, one policy "
+        "| deciding per image brings, over the one policy (points) "
         "| rank correlation of difficulty and blocks kept (95 % interval) |",
         "|---" * 7 + "|",
     ]
     time = [
-        "| model | machine | ms an image, batch 1: sole, BlockDrop | large batch: sole, BlockDrop "
-        "| break-even in blocks (range), batch 1; large batch "
+        "| model | machine | ms an image, batch 1, mean (median): sole, BlockDrop "
+        "| large batch, median: sole, BlockDrop, one policy "
+        "| break-even in blocks (range), batch 1; large batch | break-even in images, batch 1; large batch "
         "| seconds of training: sole, policy with what it builds on, finetuning |",
-        "|---" * 6 + "|",
+        "|---" * 7 + "|",
     ]
     for report in reports:
         sole, ours = report["sole"], report["blockdrop"]
         model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
-        milliseconds = {
-            size: ", ".join(
-                three_digits(1000 * report["seconds per image"][name][size])
-                for name in ("sole ResNet", "BlockDrop, conditional")
-            )
-            for size in ("1", large)
-        }
+        one_by_one = ", ".join(
+            f"{three_digits(1000 * side['seconds'])} ({three_digits(1000 * side['seconds quartiles'][1])})"
+            for side in (sole, ours)
+        )
+        in_batches = ", ".join(
+            three_digits(1000 * report["seconds per image"][name][large])
+            for name in ("sole ResNet", "BlockDrop, conditional", "finetuned ResNet, one policy")
+            if large in report["seconds per image"][name]
+        )
+        paid = [
+            "none shown" if images is None else f"{float(f'{images:.2g}'):,.0f}"
+            for images in map(report["break-even in images"].get, ("1", large))
+        ]
         wins = []
         for size in ("1", large):
             low, high = report["break-even in blocks, range"][size]
@@ -118,7 +126,8 @@ def results_tables(reports: list[Mapping]) -> str:
         if set(stages_on) != {report["machine"]}:
             told = [f"{', '.join(stages)}: {machine}" for machine, stages in stages_on.items()]
             training += f" ({'; '.join(told)})"
-        per_image = next(iter(report["learned policies better by, in points"].values()))
+        static = report["one learned policy"]
+        choice, per_image = next(iter(report["learned policies better by, in points"].items()))
         correlation = "difficulty unknown"
         found = report.get("rank correlation of difficulty and blocks")
         if found and found["rho"] is None:
@@ -126,14 +135,16 @@ def results_tables(reports: list[Mapping]) -> str:
         elif found:
             correlation = "{:.3f} ({:.3f} to {:.3f})".format(found["rho"], *found["interval"])
         quality.append(
-            f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f} "
-            f"| {ours['blocks kept']:.2f} of {blocks} | {ours['distinct policies']} "
-            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E} | {per_image[0]:+.2f} ± {per_image[1]:.2f} "
+            f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f}, "
+            f"{100 * report['baselines'][choice]['finetuned ResNet']:.2f} "
+            f"| {ours['blocks kept']:.2f}, {sum(static['keeps'])} of {blocks} | {ours['distinct policies']} "
+            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E}, {static['FLOPs']:.2E} "
+            f"| {per_image[0]:+.2f} ± {per_image[1]:.2f} "
             f"| {correlation} |"
         )
         time.append(
-            f"| {model} | {report['machine']}, {report['precision']} | {milliseconds['1']} "
-            f"| {milliseconds[large]} (batch {large}) | {'; '.join(wins)} of {blocks} "
+            f"| {model} | {report['machine']}, {report['precision']} | {one_by_one} "
+            f"| {in_batches} (batch {large}) | {'; '.join(wins)} of {blocks} | {'; '.join(paid)} "
             f"| {training} |"
         )
     return "\n".join([*quality, "", *time])

@@ -179,4 +179,4 @@ def test_greedy_keeps_from_one_half_on():
 
 def test_imagenet_shapes():
     rnet, agent = utils.build_model("R50_ImgNet")
-    assert isinstance(rnet, FlatResNet224) and rnet.num_blocks == 16 == agent.num_blocks
+    assert isinstance(rnet, FlatResNet224) and rnet.num_blocks == 16 == agent.logit.out_features
