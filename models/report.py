@@ -82,7 +82,7 @@ def three_digits(number: float) -> str:
 
 
 def results_tables(reports: list[Mapping]) -> str:
-    """Return the README's Markdown tables, a row a report: what is gained and lost, and the time."""
+    """Return the README's Markdown tables, a row a report, small ResNets first: accuracy and cost, time."""
     quality = [
         "| model | accuracy (%): sole, BlockDrop, one policy | blocks kept: BlockDrop, one policy "
         "| distinct policies | FLOPs an image: sole, BlockDrop, one policy "
@@ -97,7 +97,7 @@ def results_tables(reports: list[Mapping]) -> str:
         "| seconds of training: sole, policy with what it builds on, finetuning |",
         "|---" * 7 + "|",
     ]
-    for report in reports:
+    for report in sorted(reports, key=lambda report: report["blocks"]):
         sole, ours = report["sole"], report["blockdrop"]
         model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
         one_by_one = ", ".join(
