@@ -3,7 +3,7 @@
     python tests/benchmark_training.py --model R32_C10 --batches 12
     python tests/benchmark_training.py --model R32_C10 --batch-size 128 --batches 12 --compiled
     python tests/benchmark_training.py --model R8_C10 --epochs 10 --seeds 42 1 2
-    python tests/benchmark_training.py --model R8_SYN --batch-size 128 --epochs 20 --seeds 0 1 2 3 4 5 6 7 8 9
+    python tests/benchmark_training.py --model R20_SYN --batch-size 128 --epochs 20 --seeds 0 1 2 3 4
 
 The plain loop: fp32, contiguous, augmented image by image in DataLoader workers. Ours: data on the
 device in bytes and augmented there, channels last, bf16 where the machine has it, with `--compiled` by
@@ -76,7 +76,8 @@ def setup(args, plain: bool, seed: int):
         rnet.to(device)
     else:
         loader = utils.Loader(trainset, args.batch_size, device, shuffle=True)
-        precision = utils.choose_precision("auto", device)
+        loader.generator.manual_seed(seed)
+        precision = utils.choose_precision(args.precision, device)
         rnet.to(device, memory_format=torch.channels_last)
         if args.compiled:
             utils.compile_calls(rnet, device)
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="train both in full instead")
     parser.add_argument("--small-crops", type=float, default=0, help="share of ours' epochs on small crops")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="several with --epochs only")
+    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours")
     parser.add_argument("--compiled", action="store_true", help="ours by torch.compile")
     parser.add_argument("--memory", action="store_true", help="print the peak memory of ours alone")
     args = parser.parse_args()
