@@ -36,7 +36,7 @@ from models.machine import (
     seed_everything,
     synchronize,
 )
-from models.names import ModelName, parse_model
+from models.names import parse_model
 from models.plots import BLUE, GRAY, WIDTH, draw_policies, mark_segments, show_image, use_style, whole_numbers
 from models.policy import Policy, Policy32, Policy224
 from models.report import Report, three_digits
@@ -51,7 +51,6 @@ __all__ = [
     "CheckpointError",
     "Images",
     "Loader",
-    "ModelName",
     "Report",
     "TrainingRun",
     "autocast",

@@ -299,7 +299,7 @@ class Loader:
 
     Small images (`Images`) lie on the device whole, in bytes, and are prepared there; others come
     from `workers` processes. With `shuffle`, each pass is in a new order, drawn from `generator`,
-    as the augmentation is. The last batch holds what is left.
+    as the small images' augmentation is. The last batch holds what is left.
 
     Where several processes train together, `batch_size` and length mean all of them, and each gets
     its share of every batch. ValueError for a batch size below 1 or, with `shuffle`, one that can't

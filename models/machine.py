@@ -22,7 +22,7 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
     Of several processes that `torchrun` started on a machine, each gets a GPU of its own. On CUDA,
     fp32 is set to mean fp32, where PyTorch's convolutions take TF32 by default; with `deterministic`,
     the same numbers give the same result to the bit, as they do on the CPU anyway.
-    RuntimeError for a device that this machine lacks, or where CUDA has started without the latter.
+    RuntimeError for a device that this machine lacks, and for `deterministic` once CUDA has started.
     """
     torch.use_deterministic_algorithms(deterministic)
     if deterministic and "CUBLAS_WORKSPACE_CONFIG" not in os.environ:

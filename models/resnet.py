@@ -24,7 +24,7 @@ class FlatResNet(nn.Module):
 
     A kept block computes ReLU(shortcut(x) + block(x)); a dropped one passes on shortcut(x), without
     the ReLU. `layer_config` holds the number of blocks per segment; K is their sum.
-    The sizes differ in their stem alone: see FlatResNet32 and FlatResNet224.
+    What differs between image sizes stands in FlatResNet32 and FlatResNet224.
     Source: Wu et al., CVPR 2018, section 3.1, and the original's `models/resnet.py`.
     """
 

@@ -5,17 +5,25 @@ import os
 from collections.abc import Mapping
 
 
-def check(name: str, value: object, low: float, high: float = math.inf, whole: bool = False) -> None:
-    """Check that a setting is a finite number from `low` up to but without `high`. ValueError if not."""
+def check(
+    name: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    most: float = math.inf,
+    whole: bool = False,
+) -> None:
+    """Check that a setting is a finite number: `low` or more, below `high`, `most` or less. ValueError."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and low <= value < high):
+    if not (number and math.isfinite(value) and low <= value < high and value <= most):
         kind = "a whole number" if whole else "a number"
         limits = [f"{low} or more"] * (low > -math.inf) + [f"below {high}"] * (high < math.inf)
+        limits += [f"{most} or less"] * (most < math.inf)
         expected = kind + ", " * bool(limits) + " and ".join(limits)
         raise ValueError(f"{name} is {value!r}, expected {expected}")
 
 
-# The lowest, and where there is one the first that is too high.
+# The lowest value; where there are such, the limit that values stay below and the highest value.
 _NUMBERS = {
     "alpha": (0.51, 1),  # at 0.5 a sampled policy would not depend on the policy network
     "alpha_finetuning": (0.51, 1),
@@ -31,8 +39,8 @@ _NUMBERS = {
     "seconds": (0,),
     "small_crops": (0, 1),
     "survival_probability": (0.01, 1),
-    "temperature": (0.02, 1 + 1e-9),  # powers underflow below, have infinite slopes above
-    "temperature_finetuning": (0.02, 1 + 1e-9),
+    "temperature": (0.02, math.inf, 1),  # powers underflow below, have infinite slopes above
+    "temperature_finetuning": (0.02, math.inf, 1),
     "warmup": (0, 1),
     "warmup_policy": (0, 1),
     "warmup_rnet": (0, 1),

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from models.data import Loader, random_crop
-from models.distributed import average_statistics, rank, total
+from models.distributed import average_statistics, num_processes, rank, total
 from models.machine import machine as machine_name
 from models.machine import mixed, seed_everything
 
@@ -122,9 +122,7 @@ class TrainingRun:
     def _resume(self) -> None:
         state = read_checkpoint(self.last)
         if not {"history", "settings", "seconds", *self.progress} <= state.keys():
-            raise CheckpointError(
-                f"{self.last} is not the state of a run like this one: move it away, or set resume = False"
-            )
+            raise CheckpointError(f"{self.last} is not the state of a run like this one: move it away")
         before = state["settings"]
         changed = [
             f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
@@ -134,7 +132,8 @@ class TrainingRun:
         if changed and len(state["history"]) < before["epochs"]:
             raise ValueError(
                 f"{self.last} holds an unfinished run of other settings ({', '.join(changed)}): "
-                "set them back to go on with it, or move it away or set resume = False to start afresh"
+                "set them back to go on with it, or move it away to start this stage afresh "
+                "(with resume = False, all do)"
             )
         if changed:
             print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
@@ -230,10 +229,10 @@ class TrainingRun:
         losses = total(torch.stack(list(losses)))
         if not (finite := losses.isfinite()).all():
             step = finite.logical_not().nonzero()[0].item()
-            kept = f"; {self.last} still holds the epoch before" if self.history else ""
+            kept = f", and move {self.last} away, which holds the epoch before" if self.history else ""
             raise RuntimeError(
-                f"the loss is not finite from step {step} of epoch {self.epoch} on: lower the learning rate "
-                f"and set resume = False to start afresh{kept}"
+                f"the loss is not finite from step {step} of epoch {self.epoch} on: "
+                f"lower the learning rate{kept}"
             )
         return losses.sum().item() / loader.num_images
 
@@ -245,6 +244,8 @@ class TrainingRun:
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         here = machine_name(next(next(iter(self.networks.values())).parameters()).device)
+        if num_processes() > 1:
+            here = f"{num_processes()} x {here}"
         if self.machine is None or here not in self.machine.split("; "):
             self.machine = f"{self.machine}; {here}" if self.machine else here
         parts = {name: part.state_dict() for name, part in self.progress.items()}

@@ -175,3 +175,5 @@ def test_a_death_ends_the_run_and_another_number_goes_on(tmp_path):
     status, printed = launch("out.py", tmp_path, 2)
     assert status != 0 and "Epoch: 0 - " in printed and "Epoch: 1 - " not in printed
     assert "1 epochs done, 2 to go" in train("rnet_sole", tmp_path, SOLE, 1)
+    two, one = utils.read_checkpoint(tmp_path / "cv/trained_rnet/R8_SYN/last.t7")["machine"].split("; ")
+    assert two == f"2 x {one}"

@@ -418,7 +418,11 @@ def test_they_run_on_cuda(tmp_path):
     [
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("blockdrop_training", {"alpha": 1.5}, "alpha is 1.5"),
-        ("blockdrop_training", {"temperature": 0}, "temperature is 0"),
+        (
+            "blockdrop_training",
+            {"temperature": 2},
+            "temperature is 2, expected a number, 0.02 or more and 1 or less",
+        ),
         ("blockdrop_training", {"temperature_finetuning": 0}, "temperature_finetuning is 0"),
         ("blockdrop_training", {"penalty": 1}, "penalty is 1, expected a number, below 0"),
         (

@@ -204,7 +204,9 @@ def test_an_interrupted_cell_may_run_again(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(RuntimeError, match="not finite from step 2 of epoch 1 on: lower the learning rate"):
+    with pytest.raises(
+        RuntimeError, match="not finite from step 2 of epoch 1 on: lower the learning rate, and move"
+    ):
         training(tmp_path, not_finite_at=1)
     assert len(utils.read_checkpoint(tmp_path / "last.t7")["history"]) == 1
 
