@@ -92,6 +92,7 @@ __all__ = [
     "save_checkpoint",
     "seed_everything",
     "show_image",
+    "standard_error",
     "synchronize",
     "three_digits",
     "time_spent",
@@ -243,6 +244,11 @@ def count_flops(
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
     return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of values (N,); nan of a single one."""
+    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark_training import OneByOne
+from benchmark_training import OneByOne, check_length
 from running import run_cells
 
 import utils
@@ -133,6 +133,7 @@ def main() -> None:
     nb = notebook(args.model, args.batch_size)
     print(f"{args.model}, batch {args.batch_size}, {utils.machine(nb['device'])}, ours in {nb['precision']}")
     num_batches = len(nb["trainloader"])
+    check_length(num_batches, args.batches + WARMUP)
     stages = {
         "policy training, mid-curriculum": nb["num_blocks"] // 2,
         "policy training, every block decided": nb["num_blocks"],

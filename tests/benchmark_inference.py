@@ -73,11 +73,14 @@ def main() -> None:
         for name, time in times.items():
             quartiles = f"{1000 * time.low:.2f} to {1000 * time.high:.2f}"
             print(f"  {name:22} {1000 * time.median:9.2f} ms ({quartiles})", flush=True)
-        best = precisions[-1]
-        pairs = [("plain masked", f"BlockDrop {best}"), (f"sole {best}", f"BlockDrop {best}"),
-                 ("plain sole", "sole fp32")]  # fmt: skip
-        if best != "fp32":
-            pairs.append(("BlockDrop fp32", f"BlockDrop {best}"))
+        pairs = []
+        for precision in precisions:
+            pairs += [
+                ("plain masked", f"BlockDrop {precision}"),
+                (f"sole {precision}", f"BlockDrop {precision}"),
+                ("plain sole", f"sole {precision}"),
+            ]
+        pairs += [("BlockDrop fp32", f"BlockDrop {precision}") for precision in precisions[1:]]
         for slow, fast in pairs:
             print(f"  {slow} / {fast}: {medians[slow] / medians[fast]:.2f}")
         peaks = {name: utils.peak_memory(ways[name], device) for name in ("plain masked", "BlockDrop fp32")}

@@ -1,11 +1,12 @@
 """Train as the notebook does and by the plain loop: the same accuracy and blocks?
 
-    python tests/compare_training.py --model R20_SYN --epochs 2 --max-images 3000
+    python tests/compare_training.py --model R20_SYN --seeds 0 1 2
 
 The plain loop: fp32, images augmented one by one in DataLoader workers, the frozen ResNet masked, every
 block of it computed for both policies; in finetuning every block for every image, too. Both run
-blockdrop_training.ipynb's cells, policy training and finetuning, from the ResNet in cv/trained_rnet/.
-Printed are the figures on the held-out images.
+blockdrop_training.ipynb's cells, policy training and finetuning, from the ResNet in cv/trained_rnet/ and,
+where it lies there, the ResNet-8 of the data set; without stochastic depth. Printed are the figures on the
+held-out images, and the mean differences with their standard errors.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def held_out(args, seed: int, plain: bool) -> dict[str, float]:
     }  # fmt: skip
     with contextlib.ExitStack() as stack:
         cv_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        shutil.copytree(Path("cv/trained_rnet", args.model), cv_dir / "trained_rnet" / args.model)
+        for name in (args.model, f"R8_{utils.parse_model(args.model).dataset}"):
+            if (weights := Path("cv/trained_rnet", name)).exists():
+                shutil.copytree(weights, cv_dir / "trained_rnet" / name, dirs_exist_ok=True)
         stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         if plain:
@@ -88,20 +91,22 @@ def held_out(args, seed: int, plain: bool) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="R20_SYN")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--epochs", type=int, default=2, help="of each stage")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--max-images", type=int, default=None)
     args = parser.parse_args()
     matplotlib.use("agg")
-    figures = {
-        way: [held_out(args, seed, way == "plain") for seed in range(args.seeds)] for way in ("plain", "ours")
-    }
-    print(f"{args.model}, {args.epochs} epochs a stage, {args.seeds} seeds, mean and standard deviation")
-    for name in figures["plain"][0]:
-        told = [f"{way} {np.mean(v):6.2f} ± {np.std(v, ddof=1):.2f}" for way, v in (
-            (way, [run[name] for run in runs]) for way, runs in figures.items())]  # fmt: skip
-        print(f"{name:32} {', '.join(told)}")
+    found = {way: [] for way in ("plain", "ours")}
+    for seed in args.seeds:
+        for way, runs in found.items():
+            runs.append(held_out(args, seed, plain=way == "plain"))
+            print(f"seed {seed}, {way}:", ", ".join(f"{k} {v:.2f}" for k, v in runs[-1].items()), flush=True)
+    print(f"{args.model}, {args.epochs} epochs a stage, ours minus plain: mean and standard error")
+    for name in found["plain"][0]:
+        differences = [ours[name] - plain[name] for plain, ours in zip(*found.values(), strict=True)]
+        error = utils.standard_error(torch.tensor(differences))
+        print(f"  {name}: {np.mean(differences):+.2f} ± {error:.2f}")
 
 
 if __name__ == "__main__":
