@@ -10,15 +10,17 @@ device in bytes and augmented there, channels last, bf16 where the machine has i
 torch.compile. `--batches` times so many batches of each, in turn, ours on crops of 3/4 the width too,
 and prints the ratios; what is compiled is compiled before. `--epochs` trains both in full with each of
 `--seeds`, ours on small crops only where `--small-crops` says so, and prints held-out accuracies and
-the mean of their differences; for SYN these are of 10,000 images drawn anew, for less chance. Peak memory
-is that of a process that runs ours alone.
+the mean of their differences; for SYN these are of 10,000 images drawn anew, for less chance. Each loop
+has a process of its own, the plain one as PyTorch sets it up; peak memory is that of one that runs ours.
 """
 
 import argparse
 import resource
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,7 @@ class OneByOne(torch.utils.data.Dataset):
 
 def setup(args, plain: bool, seed: int):
     """Return device, network, loader, precision, optimizer and held-out loader of one of the loops."""
-    device = utils.choose_device("auto")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if plain else utils.choose_device()
     trainset, testset = utils.get_dataset(args.model, "data/")
     trainset, valset = utils.hold_out(trainset, testset, 0.1)
     if utils.parse_model(args.model).dataset == "SYN":
@@ -107,28 +109,56 @@ def check_length(epoch: int, needed: int) -> None:
         sys.exit(f"an epoch has {epoch} batches, and {needed} are to be run: lower --batches or --batch-size")
 
 
+def new_process() -> ProcessPoolExecutor:
+    """Return a process that runs what is submitted to it."""
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def alone(function: Callable, *args: object) -> object:
+    """Return what a function returns, called in a process of its own."""
+    with new_process() as process:
+        return process.submit(function, *args).result()
+
+
+LOOP = []  # in a process of its own: what `setup` has returned there
+
+
+def take_turn(args, plain: bool, crop: float) -> tuple[list[float], int, str]:
+    """Run so many batches of one of the loops; return the seconds of each, batches an epoch, precision."""
+    if not LOOP:
+        LOOP.extend(setup(args, plain, args.seeds[0]))
+        check_length(len(LOOP[2]), args.batches + WARMUP)
+    running, seconds = steps(*LOOP[:5], crop), []
+    for index in range(args.batches + WARMUP):
+        start = time.perf_counter()
+        next(running)
+        if index >= WARMUP:
+            seconds.append(time.perf_counter() - start)
+    running.close()  # ends the plain loop's workers
+    return seconds, len(LOOP[2]), LOOP[3]
+
+
 def time_batches(args) -> None:
     """Print the seconds an epoch takes: the loops in turn, each alone, so many batches at a time."""
     crops = {"plain": 1, "ours, small crops": 0.75, "ours, whole images": 1}
-    seconds = {name: [] for name in crops}
-    loops = {name: setup(args, name == "plain", args.seeds[0]) for name in crops}
-    check_length(len(loops["plain"][2]), args.batches + WARMUP)
-    for _ in range(ROUNDS):
-        for name, loop in loops.items():
-            running = steps(*loop[:5], crops[name])
-            for index in range(args.batches + WARMUP):
-                start = time.perf_counter()
-                next(running)
-                if index >= WARMUP:
-                    seconds[name].append(time.perf_counter() - start)
-            running.close()  # ends the plain loop's workers
-    for name, loop in loops.items():
-        low, median, high = np.quantile(seconds[name], [0.25, 0.5, 0.75])
+    processes = {name: new_process() for name in crops}
+    turns = [
+        {
+            name: processes[name].submit(take_turn, args, name == "plain", crops[name]).result()
+            for name in crops
+        }
+        for _ in range(ROUNDS)
+    ]
+    medians = {}
+    for name in crops:
+        low, medians[name], high = np.quantile([turn[name][0] for turn in turns], [0.25, 0.5, 0.75])
+        _, num_batches, precision = turns[0][name]
         print(
-            f"{name:>18}: {1000 * median:7.0f} ms a batch ({1000 * low:.0f} to {1000 * high:.0f}), "
-            f"{median * len(loop[2]):6.1f} s an epoch, {loop[3]}"
+            f"{name:>18}: {1000 * medians[name]:7.0f} ms a batch ({1000 * low:.0f} to {1000 * high:.0f}), "
+            f"{medians[name] * num_batches:6.1f} s an epoch, {precision}"
         )
-    plain, small, whole = (np.median(values) for values in seconds.values())
+        processes[name].shutdown()
+    plain, small, whole = medians.values()
     print(f"ratio: {plain / small:.2f} on small crops, {plain / whole:.2f} on whole images")
 
 
@@ -154,7 +184,8 @@ def train_both(args) -> None:
     """Train both loops with every seed; print seconds, held-out accuracies and their mean difference."""
     differences = []
     for seed in args.seeds:
-        seconds, accuracy = zip(*(train_in_full(args, plain, seed) for plain in (True, False)), strict=True)
+        both = [alone(train_in_full, args, plain, seed) for plain in (True, False)]
+        seconds, accuracy = zip(*both, strict=True)
         differences.append(accuracy[1] - accuracy[0])
         print(
             f"seed {seed}: plain {accuracy[0]:.2f} % held out in {seconds[0]:.0f} s, "
@@ -166,17 +197,15 @@ def train_both(args) -> None:
         print(f"ours minus plain: {np.mean(differences):+.2f} ± {error:.2f} points (mean, standard error)")
 
 
-def peak_memory(args) -> None:
-    """Run a few batches of ours alone and print the process's peak memory."""
+def peak_memory(args) -> str:
+    """Run a few batches of ours; return this process's peak memory in words."""
     loop = setup(args, False, args.seeds[0])
     running = steps(*loop[:5])
     for _ in range(5):
         next(running)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
-    print(f"peak memory of ours: {peak:.2f} GiB on the host", end="")
-    if loop[0].type == "cuda":
-        print(f", {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU", end="")
-    print()
+    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if loop[0].type == "cuda" else 0
+    return f"{peak:.2f} GiB on the host" + (f", {on_gpu:.2f} GiB on the GPU" if on_gpu else "")
 
 
 def main() -> None:
@@ -189,17 +218,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="several with --epochs only")
     parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours")
     parser.add_argument("--compiled", action="store_true", help="ours by torch.compile")
-    parser.add_argument("--memory", action="store_true", help="print the peak memory of ours alone")
     args = parser.parse_args()
-    if args.memory:
-        peak_memory(args)
-        return
     print(f"{args.model}, batch {args.batch_size}, {utils.machine(utils.choose_device())}", flush=True)
     if args.epochs:
         train_both(args)
         return
     time_batches(args)
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--memory"], check=True)
+    print(f"peak memory of ours: {alone(peak_memory, args)}")
 
 
 if __name__ == "__main__":
