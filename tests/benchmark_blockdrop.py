@@ -6,8 +6,8 @@
 The plain loops are the original's: fp32, contiguous, images augmented one by one in DataLoader
 workers, and two masked forwards with gradients kept for the frozen ResNet too. Ours are the
 functions of blockdrop_training.ipynb. The networks are untrained: the policy keeps about half of the blocks
-that it decides on. Both take turns; the ratio is that of the medians. Peak memory is what a stage of ours
-holds beyond the weights.
+that it decides on. Both take turns, each in a process of its own, the plain one as PyTorch sets it up; the
+ratio is that of the medians. Peak memory is what a stage of ours holds beyond the weights.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -25,11 +26,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark_training import OneByOne, check_length
+from benchmark_training import OneByOne, check_length, new_process
 from running import run_cells
 
 import utils
-from models import inference
+from models import inference, machine
 from models.policy import greedy_policy
 
 ROUNDS = 3  # turns of each loop
@@ -123,6 +124,31 @@ def loops(nb: dict, args, cl_step: int | None) -> dict:
     return {"plain": plain, "ours": ours}
 
 
+HERE = {}  # in a process of its own: the notebook's variables, the loops of the stage
+
+
+def start(args, plain: bool) -> tuple[int, str]:
+    """Run the notebook's cells in this process; return the batches of an epoch and the precision of ours."""
+    as_it_is = mock.patch.object(machine, "keep_memory", lambda: None)
+    with as_it_is if plain else contextlib.nullcontext():
+        HERE["notebook"] = notebook(args.model, args.batch_size)
+    num_batches = len(HERE["notebook"]["trainloader"])
+    check_length(num_batches, args.batches + WARMUP)
+    return num_batches, HERE["notebook"]["precision"]
+
+
+def start_stage(args, cl_step: int | None) -> None:
+    HERE["loops"] = loops(HERE["notebook"], args, cl_step)
+
+
+def take_turn(way: str) -> list[float]:
+    return HERE["loops"][way]()
+
+
+def memory() -> float:
+    return utils.peak_memory(HERE["loops"]["ours"], HERE["notebook"]["device"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="R32_C10")
@@ -130,24 +156,30 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--memory", action="store_true", help="print the peak memory of ours alone")
     args = parser.parse_args()
-    nb = notebook(args.model, args.batch_size)
-    print(f"{args.model}, batch {args.batch_size}, {utils.machine(nb['device'])}, ours in {nb['precision']}")
-    num_batches = len(nb["trainloader"])
-    check_length(num_batches, args.batches + WARMUP)
+    num_blocks = utils.build_model(args.model)[0].num_blocks
     stages = {
-        "policy training, mid-curriculum": nb["num_blocks"] // 2,
-        "policy training, every block decided": nb["num_blocks"],
+        "policy training, mid-curriculum": num_blocks // 2,
+        "policy training, every block decided": num_blocks,
         "finetuning": None,
     }
+    processes = {way: new_process() for way in ("plain", "ours")}
+
+    def run(way, function, *given):
+        return processes[way].submit(function, *given).result()
+
+    run("plain", start, args, True)
+    num_batches, precision = run("ours", start, args, False)
+    print(
+        f"{args.model}, batch {args.batch_size}, {utils.machine(utils.choose_device())}, ours in {precision}"
+    )
     for stage, cl_step in stages.items():
-        ways = loops(nb, args, cl_step)
+        for way in processes:
+            run(way, start_stage, args, cl_step)
         if args.memory:
-            print(f"{stage}: {utils.peak_memory(ways['ours'], nb['device']) / 2**30:.2f} GiB at the peak")
+            print(f"{stage}: {run('ours', memory) / 2**30:.2f} GiB at the peak")
             continue
-        seconds = {"plain": [], "ours": []}
-        for _ in range(ROUNDS):
-            for name, way in ways.items():
-                seconds[name] += way()
+        turns = [{way: run(way, take_turn, way) for way in processes} for _ in range(ROUNDS)]
+        seconds = {way: [taken for turn in turns for taken in turn[way]] for way in processes}
         medians = {name: np.median(values) for name, values in seconds.items()}
         print(f"{stage}: {medians['plain'] / medians['ours']:.2f} times as fast")
         for name, values in seconds.items():
