@@ -13,7 +13,7 @@ from conftest import NOTEBOOKS, ROOT
 from running import run_cells
 
 import utils
-from models import report, sweep
+from models import inference, report, sweep
 
 SMALL = {"model": "R8_SYN", "max_images": 300, "device": "cpu", "batch_size": 64}
 SOLE = SMALL | {"epochs": 2, "warmup": 0.2}
@@ -96,10 +96,15 @@ def test_they_write_their_checkpoints(printed):
 
 
 def test_image_by_image_gives_the_accuracy_of_batches(printed):
-    """What training measured when it ended, in batches, and the inference notebook, one by one."""
+    """The inference notebook's pair, one by one there and in one batch here, both in fp32."""
     texts, folder = printed
     (path,) = (folder / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
-    accuracy = utils.read_checkpoint(path)["acc"]
+    rnet, agent = utils.build_model("R8_SYN")
+    utils.load_checkpoint(path, rnet, agent)
+    _, testset = utils.get_dataset("R8_SYN", ROOT / "data", 300)
+    ((inputs, labels),) = utils.Loader(testset, 300, torch.device("cpu"))
+    logits, _ = inference.prepare(rnet, agent)(inputs)
+    accuracy = (logits.argmax(1) == labels).float().mean().item()
     reported = texts["blockdrop_inference"].split("Accuracy of the model: ")[1].split("%")[0]
     assert float(reported) == pytest.approx(100 * accuracy, abs=0.34)  # one image of 300 may be a tie
 
