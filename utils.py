@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import os
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -163,14 +162,18 @@ def find_features(model: str, cv_dir: str | os.PathLike = "cv/") -> Path | None:
 def _torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
     """Fetch torchvision's first ImageNet weights, as the original used, of e.g. `ResNet101`."""
     weights = torchvision.models.get_model_weights(architecture.lower()).IMAGENET1K_V1
+    kept = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
     try:
         with first_goes_first():
             return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        cache = Path(torch.hub.get_dir()) / "checkpoints"
+    except Exception as error:  # a damaged file fails in torch.load in many ways
+        if kept.exists():
+            raise RuntimeError(
+                f"{kept} is damaged: delete it, and torchvision's {architecture} weights are fetched anew"
+            ) from error
         raise RuntimeError(
             f"torchvision's {architecture} weights could not be fetched from {weights.url} "
-            f"({error}): connect to the network, or put that file into {cache}"
+            f"({error}): connect to the network, or put that file into {kept.parent}"
         ) from error
 
 

@@ -5,14 +5,16 @@ The formats that load are ours, the original's (policy, finetuned pair, ResNet i
 """
 
 import argparse
+import contextlib
 import os
 import pickle
 import re
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -52,17 +54,28 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     return path
 
 
-def _write(path: Path, state: dict) -> None:
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write to, which appears as `path` only when it is complete. OSError."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
             temporary = file.name
-            torch.save(state, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _write(path: Path, state: dict) -> None:
+    try:
+        with written_whole(path) as file:
+            torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         while not isinstance(error, OSError) and error.__context__ is not None:
             error = error.__context__  # torch hides the operating system's word
@@ -70,9 +83,6 @@ def _write(path: Path, state: dict) -> None:
             f"could not write {path} ({error}): free some space or choose another folder; "
             "whatever stood there before is unharmed"
         ) from error
-    finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
@@ -97,7 +107,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             "Get the file again, or train it with the notebooks"
         ) from error
     except pickle.UnpicklingError as error:
-        foreign = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class) (\S+)", str(error))
+        foreign = re.search(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) (\S+)", str(error))
         reason = (
             f"it asks for {foreign[1]}, which no checkpoint needs and which could run code"
             if foreign
@@ -113,7 +123,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a checkpoint: expected a dict of weights"
+            f"{path} holds a {type(content).__name__}, not a checkpoint: expected a dict of weights. "
+            "Name another file"
         )
     return dict(content)
 
@@ -157,19 +168,22 @@ def load_checkpoint(
     """
     content = read_checkpoint(path)
     states, rest = _split(content, path)
-    settings = rest.get("settings")
-    trained_as = settings.get("model") if isinstance(settings, Mapping) else None
+    if not isinstance(rest.get("settings", {}), Mapping):
+        del rest["settings"]  # a foreign file's, in another form
+    trained_as = rest.get("settings", {}).get("model")
     pairs = []
     for network, name in ((rnet, "resnet"), (agent, "agent")):
         if network is None:
             continue
         if name not in states:
             has = " and ".join({"resnet": "a ResNet", "agent": "a policy"}[n] for n in states)
-            wanted = "ResNet" if name == "resnet" else "policy"
-            raise CheckpointError(f"{path} holds {has or 'no weights'}, but no {wanted}")
+            wanted = "a ResNet" if name == "resnet" else "a policy"
+            raise CheckpointError(
+                f"{path} holds {has or 'no weights'}, and {wanted} is needed: name another file"
+            )
         expected = getattr(network, "model", None)
         if trained_as and expected and trained_as != expected:
-            raise CheckpointError(f"{path} was trained as {trained_as}, not as {expected}")
+            raise CheckpointError(f"{path} was trained as {trained_as}, not as {expected}. {_CHOOSE_MODEL}")
         pairs.append((network, _fitted(network, states[name], f"the {name} in {path}")))
     for network, state in pairs:
         network.load_state_dict(state)
@@ -249,7 +263,9 @@ def _split(content: dict, path: str | os.PathLike) -> tuple[dict[str, dict], dic
         states, rest = {name: content}, {}
     for name, state in states.items():
         if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
-            raise CheckpointError(f"the {name} in {path} is not a state dict: the file is damaged")
+            raise CheckpointError(
+                f"the {name} in {path} is not a state dict: the file is damaged. Get it again"
+            )
     if "resnet" in states:
         states["resnet"] = _flat_names(states["resnet"])
     if "agent" in states:  # very old policies still carry the classifier that they never used

@@ -225,7 +225,10 @@ def _imagenet(root: Path) -> list[Dataset]:
                 f"{root / 'val'}, each with a folder of images per class"
             )
         transform = transforms.Compose(transform + normalize)
-        dataset = torchvision.datasets.ImageFolder(path, transform, loader=_read_rgb)
+        try:
+            dataset = torchvision.datasets.ImageFolder(path, transform, loader=_read_rgb)
+        except FileNotFoundError as error:  # no folder in it, or one without images
+            raise FileNotFoundError(f"{error}: expected a folder of images per class in {path}") from error
         if len(dataset.classes) != NUM_CLASSES["ImgNet"]:
             raise ValueError(
                 f"{path} has {len(dataset.classes)} class folders, expected ImageNet's "

@@ -11,8 +11,11 @@ import re
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import IO
 
 from matplotlib.figure import Figure
+
+from models.checkpoints import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("<!-- results: made by python -m models.report -->", "<!-- end of results -->")
@@ -51,8 +54,8 @@ class Report:
     def picture(self, name: str, figure: Figure) -> None:
         """Write a figure as `<model>_<device>…_<name>.svg`. RuntimeError where that fails."""
         if self.folder is not None:
-            with self._writing():
-                figure.savefig(self.folder / f"{self.name}_{name}.svg", metadata={"Date": None})
+            with self._writing(f"_{name}.svg") as file:
+                figure.savefig(file, format="svg", metadata={"Date": None})
 
     def write(self, table: str) -> list[Path]:
         """Write the numbers as JSON and a Markdown table; return the files. RuntimeError where that fails."""
@@ -61,19 +64,21 @@ class Report:
         numbers = json.dumps(self.numbers, default=str)
         plain = json.loads(numbers, parse_constant=lambda _: None)  # nan is no JSON
         files = {".json": json.dumps(plain, indent=1) + "\n", ".md": table + "\n"}
-        with self._writing():
-            for ending, text in files.items():
-                (self.folder / f"{self.name}{ending}").write_text(text)
+        for ending, text in files.items():
+            with self._writing(ending) as file:
+                file.write(text.encode())
         return [self.folder / f"{self.name}{ending}" for ending in files]
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Make sure of the folder; say what to do where it can't be written."""
+    def _writing(self, ending: str) -> Iterator[IO[bytes]]:
+        """Yield the file `<model>_<device>…<ending>` to write to; say what to do where that fails."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            yield
+            with written_whole(self.folder / f"{self.name}{ending}") as file:
+                yield file
         except OSError as error:
-            raise RuntimeError(f"could not write the report ({error}): set another results_dir") from error
+            raise RuntimeError(
+                f"could not write the report ({error}): free some space or set another results_dir"
+            ) from error
 
 
 def three_digits(number: float) -> str:
@@ -164,4 +169,6 @@ if __name__ == "__main__":
     path = ROOT / "README.md"
     reports = [json.loads(file.read_text()) for file in sorted((ROOT / "results").glob("*.json"))]
     whole = [report for report in reports if report["max_images"] is None]
-    path.write_text(with_results(path.read_text(), whole))
+    text = with_results(path.read_text(), whole)
+    with written_whole(path) as file:
+        file.write(text.encode())

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import papermill
 
-from models.checkpoints import newest_checkpoint, read_checkpoint
+from models.checkpoints import newest_checkpoint, read_checkpoint, written_whole
 from models.report import ROOT
 
 FIGURES = ("accuracy", "sparsity", "policies")
@@ -68,8 +68,8 @@ def sweep(
             | {"penalty": penalty}
         )
     path = Path(results_dir, "penalties", f"{model}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"model": model, "runs": runs}, indent=1) + "\n")
+    with written_whole(path) as file:
+        file.write(json.dumps({"model": model, "runs": runs}, indent=1).encode() + b"\n")
     return path
 
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from models.data import Loader, random_crop
-from models.distributed import average_statistics, num_processes, rank, total
+from models.distributed import average_statistics, num_processes, rank, total, weigh_gradients
 from models.machine import machine as machine_name
 from models.machine import mixed, seed_everything
 
@@ -44,7 +44,7 @@ def check_warmup(warmup: float, steps: int) -> None:
 
 
 def fits_memory(function: Callable) -> Callable:
-    """Decorate a training function: a GPU too small for the batch is reported as RuntimeError."""
+    """Decorate a function of training or testing: a GPU too small for the batch is told as RuntimeError."""
 
     @functools.wraps(function)
     def run(*args, **kwargs):
@@ -52,7 +52,8 @@ def fits_memory(function: Callable) -> Callable:
             return function(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise RuntimeError(
-                "this GPU's memory is too small for the batch: lower batch_size, or use more GPUs"
+                "this GPU's memory is too small for the batch: lower batch_size (where a test fails, "
+                "batch_size_test), or use more GPUs"
             ) from error
 
     return run
@@ -101,11 +102,13 @@ class TrainingRun:
         machine: str | None = None,
     ):
         """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
-        is trained, under the names `resnet` and `agent`. `progress`: optimizers and schedulers.
+        is trained or, in eval mode, kept, under the names `resnet` and `agent`. `progress`: optimizers
+        and schedulers.
         `line`: what is printed of an epoch, a format string of the figures in the history.
         `seconds`: what the training took that this one builds on; `machine`: where.
 
-        ValueError for an unfinished run of other settings in `folder`: it would be lost.
+        ValueError for a run of other settings in `folder` that is unfinished, or whose final checkpoint
+        was never written: it would be lost.
         """
         if epochs < 1:
             raise ValueError(f"epochs is {epochs}, expected 1 or more")
@@ -129,11 +132,12 @@ class TrainingRun:
             for key in sorted(before.keys() | self.settings.keys())
             if before.get(key) != self.settings.get(key)
         ]
-        if changed and len(state["history"]) < before["epochs"]:
+        unfinished = len(state["history"]) < before["epochs"]
+        if changed and (unfinished or not self._is_saved(state)):
             raise ValueError(
-                f"{self.last} holds an unfinished run of other settings ({', '.join(changed)}): "
-                "set them back to go on with it, or move it away to start this stage afresh "
-                "(with resume = False, all do)"
+                f"{self.last} holds {'an unfinished' if unfinished else 'a finished but unsaved'} run of "
+                f"other settings ({', '.join(changed)}): set them back to go on with it, or move it away to "
+                "start this stage afresh (with resume = False, all do)"
             )
         if changed:
             print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
@@ -148,6 +152,14 @@ class TrainingRun:
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
         for row in self.history:
             print(self.line.format(**row))
+
+    def _is_saved(self, state: Mapping) -> bool:
+        """Tell whether a final checkpoint of the run in `state` lies in the folder."""
+        for path in self.folder.glob("*.t7"):
+            with contextlib.suppress(CheckpointError):
+                if path != self.last and read_checkpoint(path).get("history") == state["history"]:
+                    return True
+        return False
 
     def __iter__(self) -> Iterator[int]:
         """Yield the epochs that are left, counted from 0, under one progress bar."""
@@ -216,6 +228,8 @@ class TrainingRun:
         """
         loader.generator.manual_seed(mixed(self.settings["seed"], self.epoch))
         for step, (inputs, labels) in enumerate(loader, start=1):
+            seen = (step - 1) * loader.batch_size
+            weigh_gradients(len(labels), of=min(loader.batch_size, loader.num_images - seen))
             yield (random_crop(inputs, crop, loader.generator) if crop < 1 else inputs), labels
             # Not by 1 / len(loader): the rounding errors would add up to more than an epoch.
             self.bar.update(self.epoch + step / len(loader) - self.bar.n)
@@ -229,18 +243,28 @@ class TrainingRun:
         losses = total(torch.stack(list(losses)))
         if not (finite := losses.isfinite()).all():
             step = finite.logical_not().nonzero()[0].item()
-            kept = f", and move {self.last} away, which holds the epoch before" if self.history else ""
             raise RuntimeError(
-                f"the loss is not finite from step {step} of epoch {self.epoch} on: "
-                f"lower the learning rate{kept}"
+                f"the loss is not finite from step {step} of epoch {self.epoch} on: {self._way_out()}"
             )
         return losses.sum().item() / loader.num_images
+
+    def _way_out(self) -> str:
+        """Say what to do about numbers that are not finite."""
+        kept = f", and move {self.last} away, which holds the epoch before" if self.history else ""
+        return f"lower the learning rate{kept}"
 
     def end_epoch(self, epoch: int, **figures: float | Sequence[float]) -> None:
         """Record an epoch's figures in history and TensorBoard, save the state, print the line.
 
-        A figure is a number, or a number for each block.
+        A figure is a number, or a number for each block. RuntimeError for weights that are not finite,
+        which are not saved.
         """
+        for name, network in self.networks.items():
+            for key, value in network.state_dict().items():
+                if not value.isfinite().all():
+                    raise RuntimeError(
+                        f"the {name}'s {key} is not finite after epoch {epoch}: {self._way_out()}"
+                    )
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         here = machine_name(next(next(iter(self.networks.values())).parameters()).device)

@@ -227,8 +227,13 @@ print(utils.read_checkpoint(path), len(list(path.parent.iterdir())))
 def test_weights_of_another_model_are_refused(tmp_path, rnet):
     content = {"resnet": rnet.state_dict(), "settings": {"model": "R8_C10"}}
     path = utils.save_checkpoint(tmp_path / "a.t7", content)
-    with pytest.raises(utils.CheckpointError, match="was trained as R8_C10, not as R8_SYN"):
+    with pytest.raises(utils.CheckpointError, match=r"was trained as R8_C10, not as R8_SYN\. Choose"):
         utils.load_checkpoint(path, rnet)
+
+
+def test_settings_of_a_foreign_file_are_left_out(tmp_path, rnet):
+    path = utils.save_checkpoint(tmp_path / "a.t7", {"resnet": rnet.state_dict(), "settings": [1, 2]})
+    assert utils.load_checkpoint(path, rnet) == {}
 
 
 def test_a_deeper_resnet_is_not_cut_to_fit():

@@ -4,6 +4,7 @@
 """
 
 import io
+import os
 import pickle
 import random
 import re
@@ -152,20 +153,24 @@ def test_a_zip_bomb_is_refused_unread(whole_files, tmp_path):
 class CallsCode:
     """Pickled, it calls a function when it is loaded."""
 
-    def __init__(self, path):
-        self.path = path
+    def __init__(self, function, *args):
+        self.call = function, args
 
     def __reduce__(self):
-        return (open, (str(self.path), "w"))
+        return self.call
 
 
+@pytest.mark.parametrize("function", [open, os.system, os.mkdir])
 @pytest.mark.parametrize("new_format", [True, False])
-def test_code_is_not_called(tmp_path, new_format):
+def test_code_is_not_called(tmp_path, new_format, function):
     path, trace = tmp_path / "evil.t7", tmp_path / "called"
-    torch.save({"resnet": CallsCode(trace)}, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(utils.CheckpointError, match="could run code"):
+    args = {open: (str(trace), "w"), os.system: (f"touch {trace}",), os.mkdir: (str(trace),)}[function]
+    evil = CallsCode(function, *args)
+    torch.save({"resnet": evil}, path, _use_new_zipfile_serialization=new_format)
+    name = rf"{function.__module__}\.{function.__name__}"
+    with pytest.raises(utils.CheckpointError, match=f"asks for .*{name}, .* could run code"):
         utils.load_checkpoint(path, utils.build_model("R8_SYN")[0])
-    path.write_bytes(pickle.dumps(CallsCode(trace)))
+    path.write_bytes(pickle.dumps(evil))
     with pytest.raises(utils.CheckpointError, match=r"evil\.t7"):
         utils.load_checkpoint(path, utils.build_model("R8_SYN")[0])
     assert not trace.exists()

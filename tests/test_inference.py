@@ -70,6 +70,27 @@ def test_several_policies_share_what_they_have_in_common(networks, shared):
 
 
 @torch.no_grad()
+def test_what_policies_share_is_computed_once(networks):
+    """The first blocks, kept by all, once for each image; the rest twice only where policies differ."""
+    net, computed = inference.prepare(networks[0]), []
+
+    def counted(branch):
+        def run(x, residual):
+            computed.append(len(x))
+            return branch(x, residual)
+
+        return run
+
+    net.blocks = [(shortcut, counted(branch)) for shortcut, branch in net.blocks]
+    first = torch.ones(6, 9)
+    first[:, 5] = 0
+    second = first.clone()
+    second[:2, 7] = 0  # two of six images
+    net.under_each(torch.rand(6, 3, 32, 32), [first, second])
+    assert computed == [6] * 5 + [8, 6, 8]  # no image keeps block 5
+
+
+@torch.no_grad()
 def test_bottlenecks_and_their_shortcuts_fold(networks):
     torch.manual_seed(0)
     rnet = randomized(utils.build_model("R50_ImgNet")[0])

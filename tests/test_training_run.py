@@ -103,8 +103,11 @@ def test_a_finished_run_has_nothing_left(tmp_path):
     assert torch.equal(weights(first), weights(again)) and rerun.seconds == run.seconds
 
 
-def test_a_finished_run_of_other_settings_is_replaced(tmp_path, capsys):
-    training(tmp_path)
+def test_a_finished_run_of_other_settings_is_replaced_once_it_is_saved(tmp_path, capsys):
+    _, run = training(tmp_path)
+    with pytest.raises(ValueError, match=r"finished but unsaved run of other settings \(seed 5 -> 6\)"):
+        training(tmp_path, seed=6)
+    run.save("final.t7")
     _, run = training(tmp_path, seed=6)
     assert "seed 5 -> 6" in capsys.readouterr().out and len(run.history) == EPOCHS
     assert utils.read_checkpoint(tmp_path / "last.t7")["settings"]["seed"] == 6
@@ -209,6 +212,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ):
         training(tmp_path, not_finite_at=1)
     assert len(utils.read_checkpoint(tmp_path / "last.t7")["history"]) == 1
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, monkeypatch, epoch):
+    """The last step of an epoch breaks them: no loss has told yet."""
+    end_epoch = TrainingRun.end_epoch
+
+    def broken(self, number, **figures):
+        if number == epoch:
+            self.networks["resnet"].fc.bias.data[3] = float("inf")
+        end_epoch(self, number, **figures)
+
+    monkeypatch.setattr(TrainingRun, "end_epoch", broken)
+    message = rf"resnet's fc\.bias is not finite after epoch {epoch}: lower the learning rate"
+    with pytest.raises(RuntimeError, match=message + ", and move" * (epoch > 0)):
+        training(tmp_path)
+    if epoch > 0:
+        assert len(utils.read_checkpoint(tmp_path / "last.t7")["history"]) == epoch
+    else:
+        assert not (tmp_path / "last.t7").exists()
 
 
 def test_a_gpu_too_small_is_said(tmp_path):

@@ -51,6 +51,16 @@ def test_imagenet_weights_without_a_network(monkeypatch, tmp_path):
         utils.get_model("R101_ImgNet", "cpu")
 
 
+@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04"])
+def test_imagenet_weights_that_are_damaged(monkeypatch, tmp_path, content):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "resnet101-63fe2227.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(RuntimeError, match=r"resnet101-63fe2227\.pth is damaged: delete it"):
+        utils.get_model("R101_ImgNet", "cpu")
+
+
 # ------------------------------------------------------------------------------------------ data
 
 
@@ -228,6 +238,13 @@ def test_imagenet_folders(imagenet):
 def test_imagenet_without_train(imagenet):
     (imagenet / "train").rename(imagenet / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"no folder .*train: ImageNet is expected as"):
+        utils.get_dataset("R50_ImgNet", imagenet)
+
+
+def test_imagenet_without_images(imagenet):
+    for path in (imagenet / "val").glob("*/*.jpg"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"cat, dog.*expected a folder of images per class in .*val"):
         utils.get_dataset("R50_ImgNet", imagenet)
 
 
