@@ -87,72 +87,84 @@ def three_digits(number: float) -> str:
 
 
 def results_tables(reports: list[Mapping]) -> str:
-    """Return the README's Markdown tables, a row a report, small ResNets first: accuracy and cost, time."""
-    quality = [
-        "| model | accuracy (%): sole, BlockDrop, one policy | blocks kept: BlockDrop, one policy "
-        "| distinct policies | FLOPs an image: sole, BlockDrop, one policy "
-        "| deciding per image brings, over the one policy (points) "
-        "| rank correlation of difficulty and blocks kept (95 % interval) |",
-        "|---" * 7 + "|",
-    ]
-    time = [
-        "| model | machine | ms an image, batch 1, mean (median): sole, BlockDrop "
-        "| large batch, median: sole, BlockDrop, one policy "
-        "| break-even in blocks (range), batch 1; large batch | break-even in images, batch 1; large batch "
-        "| seconds of training: sole, policy with what it builds on, finetuning |",
-        "|---" * 7 + "|",
-    ]
-    for report in sorted(reports, key=lambda report: report["blocks"]):
-        sole, ours = report["sole"], report["blockdrop"]
-        model, blocks, large = f"`{report['model']}`", report["blocks"], str(report["large batch"])
-        one_by_one = ", ".join(
-            f"{three_digits(1000 * side['seconds'])} ({three_digits(1000 * side['seconds quartiles'][1])})"
-            for side in (sole, ours)
-        )
-        in_batches = ", ".join(
-            three_digits(1000 * report["seconds per image"][name][large])
-            for name in ("sole ResNet", "BlockDrop, conditional", "finetuned ResNet, one policy")
-            if large in report["seconds per image"][name]
-        )
-        paid = [
-            "none shown" if images is None else f"{float(f'{images:.2g}'):,.0f}"
-            for images in map(report["break-even in images"].get, ("1", large))
-        ]
-        wins = []
-        for size in ("1", large):
-            low, high = report["break-even in blocks, range"][size]
-            wins.append(f"{report['break-even in blocks'][size]:.1f} ({low:.1f} to {high:.1f})")
-        training = "; ".join(
-            "unknown" if s is None else f"{s:,.0f}" for s in report["training seconds"].values()
-        )
-        stages_on: dict[str, list[str]] = {}
-        for stage, machine in report["training machines"].items():
-            stages_on.setdefault(machine or "unknown machine", []).append(stage)
-        if set(stages_on) != {report["machine"]}:
-            told = [f"{', '.join(stages)}: {machine}" for machine, stages in stages_on.items()]
-            training += f" ({'; '.join(told)})"
-        static = report["one learned policy"]
-        choice, per_image = next(iter(report["learned policies better by, in points"].items()))
-        correlation = "difficulty unknown"
-        found = report.get("rank correlation of difficulty and blocks")
-        if found and found["rho"] is None:
-            correlation = "the same blocks for all"
-        elif found:
-            correlation = "{:.3f} ({:.3f} to {:.3f})".format(found["rho"], *found["interval"])
-        quality.append(
-            f"| {model} | {100 * sole['accuracy']:.2f}, {100 * ours['accuracy']:.2f}, "
-            f"{100 * report['baselines'][choice]['finetuned ResNet']:.2f} "
-            f"| {ours['blocks kept']:.2f}, {sum(static['keeps'])} of {blocks} | {ours['distinct policies']} "
-            f"| {sole['FLOPs']:.2E}, {ours['FLOPs']:.2E}, {static['FLOPs']:.2E} "
-            f"| {per_image[0]:+.2f} ± {per_image[1]:.2f} "
-            f"| {correlation} |"
-        )
-        time.append(
-            f"| {model} | {report['machine']}, {report['precision']} | {one_by_one} "
-            f"| {in_batches} (batch {large}) | {'; '.join(wins)} of {blocks} | {'; '.join(paid)} "
-            f"| {training} |"
-        )
-    return "\n".join([*quality, "", *time])
+    """Return the README's Markdown tables, small ResNets first: networks, what they bring, training."""
+    reports = sorted(reports, key=lambda report: report["blocks"])
+    networks = [
+        "model", "network", "accuracy (%)", "blocks kept", "distinct policies", "FLOPs an image",
+        "ms, batch 1: mean (median)", "ms an image, large batch: median", "measured on, precision",
+    ]  # fmt: skip
+    brings = [
+        "model", "deciding per image brings, over the one policy (points)",
+        "rank correlation of difficulty and blocks kept (95 % interval)",
+        "break-even in blocks (range): batch 1; large batch", "break-even in images: batch 1; large batch",
+    ]  # fmt: skip
+    training = ["model", "sole ResNet", "policy, with what it builds on", "finetuning"]
+    return "\n\n".join(
+        _table(columns, [row for report in reports for row in rows(report)])
+        for columns, rows in ((networks, _networks), (brings, _brings), (training, _training))
+    )
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _networks(report: Mapping) -> Iterator[list[str]]:
+    """Yield a row for the sole ResNet, one for BlockDrop, one for BlockDrop's ResNet under one policy."""
+    large, static = str(report["large batch"]), report["one learned policy"]
+    choice = next(iter(report["learned policies better by, in points"]))
+    for title, timed, found in (
+        ("sole ResNet", "sole ResNet", report["sole"]),
+        ("BlockDrop", "BlockDrop, conditional", report["blockdrop"]),
+        ("one policy", "finetuned ResNet, one policy", None),
+    ):
+        if found is None:
+            accuracy = report["baselines"][choice]["finetuned ResNet"]
+            kept, policies, flops, one = str(sum(static["keeps"])), 1, static["FLOPs"], ""
+        else:
+            accuracy, policies, flops = found["accuracy"], found["distinct policies"], found["FLOPs"]
+            kept = str(report["blocks"]) if title == "sole ResNet" else f"{found['blocks kept']:.2f}"
+            mean, median = found["seconds"], found["seconds quartiles"][1]
+            one = f"{three_digits(1000 * mean)} ({three_digits(1000 * median)})"
+        in_batches = report["seconds per image"][timed].get(large)
+        yield [
+            f"`{report['model']}`", title, f"{100 * accuracy:.2f}", f"{kept} of {report['blocks']}",
+            str(policies), f"{flops:.2E}", one,
+            "" if in_batches is None else f"{three_digits(1000 * in_batches)} (batch {large})",
+            f"{report['machine']}, {report['precision']}",
+        ]  # fmt: skip
+
+
+def _brings(report: Mapping) -> Iterator[list[str]]:
+    """Yield a row on what deciding per image brings, and where BlockDrop breaks even."""
+    points, error = next(iter(report["learned policies better by, in points"].values()))
+    correlation = "difficulty unknown"
+    found = report.get("rank correlation of difficulty and blocks")
+    if found and found["rho"] is None:
+        correlation = "the same blocks for all"
+    elif found:
+        correlation = "{:.3f} ({:.3f} to {:.3f})".format(found["rho"], *found["interval"])
+    blocks, images = [], []
+    for size in ("1", str(report["large batch"])):
+        low, high = report["break-even in blocks, range"][size]
+        blocks.append(f"{report['break-even in blocks'][size]:.1f} ({low:.1f} to {high:.1f})")
+        paid = report["break-even in images"].get(size)
+        images.append("none shown" if paid is None else f"{float(f'{paid:.2g}'):,.0f}")
+    yield [
+        f"`{report['model']}`", f"{points:+.2f} ± {error:.2f}", correlation,
+        f"{'; '.join(blocks)} of {report['blocks']}", "; ".join(images),
+    ]  # fmt: skip
+
+
+def _training(report: Mapping) -> Iterator[list[str]]:
+    """Yield a row on the seconds of training, and where they were spent."""
+    cells = [f"`{report['model']}`"]
+    for stage, seconds in report["training seconds"].items():
+        machine = report["training machines"][stage] or "unknown machine"
+        cells.append("unknown" if seconds is None else f"{seconds:,.0f} s ({machine})")
+    yield cells
 
 
 def with_results(readme: str, reports: list[Mapping]) -> str:

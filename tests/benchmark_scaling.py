@@ -1,6 +1,6 @@
 r"""Project how long training takes on several devices, from step times and gradient sizes.
 
-    python tests/benchmark_scaling.py --model R110_C10 --batch-size 512 --epochs 50 10 8 30
+    python tests/benchmark_scaling.py --model R110_C10 --batch-size 512 --epochs 50 10 8 70
     python tests/benchmark_scaling.py --model R101_ImgNet --batch-size 256 --images 1153050 \
         --epochs 90 0 10 30
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--model", default="R110_C10")
     parser.add_argument("--batch-size", type=int, default=512, help="images a step, of all devices together")
     parser.add_argument("--images", type=int, default=45000, help="training images")
-    parser.add_argument("--epochs", type=int, nargs=4, default=(50, 10, 8, 30), help=", ".join(STAGES))
+    parser.add_argument("--epochs", type=int, nargs=4, default=(50, 10, 8, 70), help=", ".join(STAGES))
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 8, 64))
     parser.add_argument("--bandwidth", type=float, default=10, help="of the network, gigabytes a second")
     parser.add_argument("--batches", type=int, default=5, help="to be timed")

@@ -1,14 +1,17 @@
 """Every notebook, executed from a clean kernel with small settings on the built-in data."""
 
 import contextlib
+import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import nbformat
 import papermill
 import pytest
 import torch
+from compare_training import Masked
 from conftest import NOTEBOOKS, ROOT
 from running import run_cells
 
@@ -360,6 +363,31 @@ def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
     nb["train"](1)
     nb["finetune"]()
     assert held == [True, True]
+
+
+def test_policy_training_finds_the_plain_loops_rewards(printed, at_root):
+    """One step on the same batch, from the same weights: every block computed twice, or none in vain."""
+    _, folder = printed
+    paths = {"cv_dir": str(folder / "cv"), "precision": "fp32", "max_epochs_finetuning": 0}
+    nb = run_cells("blockdrop_training", BLOCKDROP | paths)
+    get_reward, batch, rewards = nb["get_reward"], next(iter(nb["trainloader"])), []
+
+    def recorded(*given):
+        rewards.append(get_reward(*given))
+        return rewards[-1]
+
+    step = SimpleNamespace(batches=lambda loader: [batch], mean_loss=lambda losses, loader: losses[0])
+    nb |= {"get_reward": recorded, "policy_training": step}
+    start = copy.deepcopy(nb["agent"].state_dict())
+    losses = []
+    for frozen in (inference.prepare(nb["rnet"]), Masked(nb["rnet"])):
+        nb["frozen"] = frozen
+        nb["agent"].load_state_dict(start)
+        utils.seed_everything(3)
+        losses.append(nb["train"](0)[0])
+    assert len(rewards) == 4 and not torch.equal(rewards[0][0], rewards[1][0])  # greedy and sampled
+    torch.testing.assert_close(rewards[:2], rewards[2:])
+    torch.testing.assert_close(*losses)
 
 
 def test_the_seed_decides_the_weights(at_root, tmp_path):
