@@ -22,7 +22,7 @@ from models.policy import Policy
 
 PATIENCE = timedelta(minutes=15)  # for the others in a step or a test; a process that dies ends all at once
 PATIENCE_FOR_DATA = timedelta(hours=2)  # for the first process, which downloads
-MANNERS = 5  # seconds that the others leave to the first process, to report an error that all of them have
+GRACE = 5  # seconds that the others leave to the first process, to report an error that all of them have
 
 _waiting_for_data: dist.ProcessGroup | None = None
 _weight = 1.0  # this process's images in the batch, as a multiple of an even share
@@ -54,7 +54,7 @@ def _end_at_once(kind, error, trace) -> None:
     An error that all processes have, a wrong setting say, is reported once: the first one's end ends all.
     """
     if rank() > 0:
-        time.sleep(MANNERS)
+        time.sleep(GRACE)
     sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()

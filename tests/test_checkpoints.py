@@ -206,6 +206,20 @@ def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == ["last.t7"]
 
 
+def test_a_full_disk_keeps_the_old_report(tmp_path, monkeypatch):
+    report = utils.Report(tmp_path, "R8_SYN", "cpu")
+    report.write("old")
+
+    def full(file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(RuntimeError, match=r"could not write the report .*No space left.*free some space"):
+        report.write("new")
+    assert (tmp_path / "R8_SYN_cpu.md").read_text() == "old\n"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
 def test_a_limit_on_the_file_size_is_told_in_the_systems_words(tmp_path):
     code = f"""
