@@ -27,6 +27,7 @@ def check(
 _NUMBERS = {
     "alpha": (0.51, 1),  # at 0.5 a sampled policy would not depend on the policy network
     "alpha_finetuning": (0.51, 1),
+    "averaging": (0, 1),
     "beta": (0,),
     "beta_finetuning": (0,),
     "holdout": (0, 1),

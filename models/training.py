@@ -12,6 +12,7 @@ import tensorboardX
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
@@ -71,6 +72,17 @@ def time_spent(checkpoints: Sequence[Mapping[str, object]]) -> dict[str, float |
     return {"seconds": math.nan if None in seconds else sum(seconds), "machine": "; ".join(named) or None}
 
 
+class _Calling(nn.Module):
+    """A network that is called by a function of its input."""
+
+    def __init__(self, network: nn.Module, function: Callable[[Tensor], object]):
+        super().__init__()
+        self.network, self.function = network, function
+
+    def forward(self, inputs: Tensor) -> object:
+        return self.function(inputs)
+
+
 class TrainingRun:
     """The bookkeeping of a training: resuming, history, TensorBoard curves, seconds.
 
@@ -100,12 +112,15 @@ class TrainingRun:
         resume: bool = True,
         seconds: float = 0.0,
         machine: str | None = None,
+        averaging: float = 0,
     ):
         """`settings`: what decides the result, as plain values, `seed` among them. `networks`: what
         is trained or, in eval mode, kept, under the names `resnet` and `agent`. `progress`: optimizers
         and schedulers.
         `line`: what is printed of an epoch, a format string of the figures in the history.
-        `seconds`: what the training took that this one builds on; `machine`: where.
+        `seconds`: what the training took that this one builds on; `machine`: where. `averaging`: the
+        share of the epochs, the last ones, after each of which the ResNet's weights go into the mean
+        that `use_average` gives it.
 
         ValueError for a run of other settings in `folder` that is unfinished, or whose final checkpoint
         was never written: it would be lost.
@@ -115,6 +130,9 @@ class TrainingRun:
         self.folder, self.epochs, self.line = Path(folder), epochs, line
         self.settings = dict(settings) | {"epochs": epochs}
         self.networks, self.progress = dict(networks), dict(progress)
+        self.num_averaged = int(averaging * epochs)
+        if self.num_averaged > 0:
+            self.progress["averaged"] = AveragedModel(self.networks["resnet"])
         self.history: list[dict[str, float | list[float]]] = []
         self.seconds = seconds
         self.machine = machine  # of the epochs done so far
@@ -145,10 +163,9 @@ class TrainingRun:
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.seconds = state["history"], state["seconds"]
         self.machine = state.get("machine")
+        for name, part in self.progress.items():
+            part.load_state_dict(state[name])
         left = self.epochs - len(self.history)
-        if left:
-            for name, part in self.progress.items():
-                part.load_state_dict(state[name])
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
         for row in self.history:
             print(self.line.format(**row))
@@ -235,6 +252,30 @@ class TrainingRun:
             self.bar.update(self.epoch + step / len(loader) - self.bar.n)
         average_statistics(self.networks.values())
 
+    @property
+    def averaging(self) -> bool:
+        """Whether this epoch's weights go into the mean: the ResNet's learning rate stays as it is."""
+        return self.epoch >= self.epochs - self.num_averaged
+
+    @fits_memory
+    def use_average(self, loader: Loader, forward: Callable[[Tensor], object]) -> None:
+        """Give the ResNet its mean weights, and batch norm the statistics of one pass of `forward` with them.
+
+        `forward` calls the ResNet with the loader's images (n, 3, H, W). Without `averaging` nothing is done.
+        Stochastic weight averaging: Izmailov et al., UAI 2018.
+        """
+        if self.num_averaged == 0:
+            return
+        start = time.perf_counter()
+        rnet = self.networks["resnet"]
+        rnet.load_state_dict(self.progress["averaged"].module.state_dict())
+        seed_everything(self.settings["seed"], self.epochs, rank())
+        loader.generator.manual_seed(mixed(self.settings["seed"], self.epochs))
+        update_bn(loader, _Calling(rnet, forward))
+        rnet.train()
+        average_statistics([rnet])
+        self.seconds += time.perf_counter() - start
+
     def mean_loss(self, losses: Sequence[Tensor], loader: Loader) -> float:
         """Return the mean over the loader's images of the losses (), each a batch's sum.
 
@@ -265,6 +306,8 @@ class TrainingRun:
                     raise RuntimeError(
                         f"the {name}'s {key} is not finite after epoch {epoch}: {self._way_out()}"
                     )
+        if self.averaging:
+            self.progress["averaged"].update_parameters(self.networks["resnet"])
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         here = machine_name(next(next(iter(self.networks.values())).parameters()).device)

@@ -28,6 +28,7 @@ BLOCKDROP = SMALL | {
     "temperature": 1,
     "temperature_finetuning": 1,
     "warmup_rnet": 0.3,
+    "averaging": 0.5,
 }
 REPORT = """
 with open(f"weights-{os.environ.get('RANK', 0)}.txt", "w") as file:

@@ -239,8 +239,8 @@ class Interrupted(KeyboardInterrupt):
     ("name", "settings", "same_kernel"),
     [
         ("rnet_sole", SOLE, True),
-        ("rnet_sole", SOLE | {"compiled": True, "small_crops": 0.5}, False),
-        ("blockdrop_training", ALL_STAGES, True),
+        ("rnet_sole", SOLE | {"compiled": True, "small_crops": 0.5, "averaging": 0.5}, False),
+        ("blockdrop_training", ALL_STAGES | {"averaging": 0.5}, True),
         ("blockdrop_training", ALL_STAGES, False),
     ],
 )
@@ -280,11 +280,11 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
 
 def test_every_cell_can_be_run_twice(at_root, tmp_path):
     """It ends with the same weights and the same answers as when every cell runs once."""
-    few, found = {"max_images": 100, "batch_size": 18}, {}
+    few, averaging, found = {"max_images": 100, "batch_size": 18}, {"averaging": 0.5}, {}
     for times in (1, 2):
         paths = few | {"cv_dir": str(tmp_path / str(times))}
-        sole = run_cells("rnet_sole", SOLE | paths, times)
-        trained = run_cells("blockdrop_training", ALL_STAGES | paths, times)
+        sole = run_cells("rnet_sole", SOLE | averaging | paths, times)
+        trained = run_cells("blockdrop_training", ALL_STAGES | averaging | paths, times)
         tested = run_cells("blockdrop_inference", INFERENCE | paths | {"results_dir": None}, times)
         answers = [tested["report"].numbers[key] for key in ("baselines", "keep rate of each block")]
         found[times] = utils.fingerprint(sole["rnet"], trained["rnet"], trained["agent"]), answers

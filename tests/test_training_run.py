@@ -39,7 +39,9 @@ except filelock.Timeout:
 """
 
 
-def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0.1, before_epoch=print):
+def training(
+    folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0.1, before_epoch=print, averaging=0
+):
     """Train a little R8; stop in the middle of epoch `kill_at`. Returns network and run."""
     torch.manual_seed(0)
     pixels = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
@@ -52,7 +54,9 @@ def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=EPOCHS * len(loader))
     progress = {"optimizer": optimizer, "scheduler": scheduler}
     settings = {"seed": seed, "lr": lr}
-    run = utils.TrainingRun(folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume)
+    run = utils.TrainingRun(
+        folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume, averaging=averaging
+    )
     for epoch in run:
         before_epoch(epoch)
         losses = []
@@ -61,12 +65,14 @@ def training(folder, kill_at=None, not_finite_at=None, resume=True, seed=5, lr=0
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            scheduler.step()
+            if not run.averaging:
+                scheduler.step()
             if epoch == kill_at and step == 2:
                 raise Killed
             bad = epoch == not_finite_at and step == 2
             losses.append(loss.detach() * (float("nan") if bad else len(targets)))
         run.end_epoch(epoch, loss=run.mean_loss(losses, loader))
+    run.use_average(loader, rnet.forward_full)
     return rnet, run
 
 
@@ -83,6 +89,35 @@ def test_a_checkpoint_tells_the_machines_that_its_epochs_ran_on(tmp_path, monkey
 
 def weights(rnet):
     return torch.cat([value.flatten().double() for value in rnet.state_dict().values()])
+
+
+def test_the_last_epochs_weights_are_averaged(tmp_path, monkeypatch):
+    """Their mean, at one learning rate; batch norm has the statistics of one pass with it."""
+    epochs, end_epoch = [], TrainingRun.end_epoch
+
+    def recorded(self, *args, **figures):
+        rate = self.progress["optimizer"].param_groups[0]["lr"]
+        epochs.append((rate, [weight.detach().clone() for weight in self.networks["resnet"].parameters()]))
+        end_epoch(self, *args, **figures)
+
+    monkeypatch.setattr(TrainingRun, "end_epoch", recorded)
+    rnet, run = training(tmp_path, averaging=0.75)
+    rates, weights_after = zip(*epochs, strict=True)
+    assert len(set(rates)) == 1 and rates[0] > 0
+    for weight, *last in zip(rnet.parameters(), *weights_after[1:], strict=True):
+        torch.testing.assert_close(weight, sum(last) / 3)
+    batches = {int(value) for name, value in rnet.named_buffers() if name.endswith("num_batches_tracked")}
+    assert batches == {4} and run.num_averaged == 3
+
+
+def test_an_averaged_run_resumes_to_the_bit(tmp_path):
+    expected, _ = training(tmp_path / "whole", averaging=0.5)
+    for kill_at in (1, 3):
+        with pytest.raises(Killed):
+            training(tmp_path / "killed", kill_at, averaging=0.5)
+    for _ in range(2):  # the second time nothing is left to train
+        found, _ = training(tmp_path / "killed", averaging=0.5)
+        assert torch.equal(weights(found), weights(expected))
 
 
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, capsys):
