@@ -41,7 +41,14 @@ from models.policy import Policy, Policy32, Policy224
 from models.report import Report, three_digits
 from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
 from models.settings import check, check_settings
-from models.training import TrainingRun, check_warmup, fits_memory, one_cycle, time_spent
+from models.training import (
+    TrainingRun,
+    check_averaging,
+    check_warmup,
+    fits_memory,
+    one_cycle,
+    time_spent,
+)
 
 __all__ = [
     "BLUE",
@@ -55,6 +62,7 @@ __all__ = [
     "autocast",
     "build_model",
     "check",
+    "check_averaging",
     "check_settings",
     "check_warmup",
     "choose_device",

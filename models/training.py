@@ -12,7 +12,7 @@ import tensorboardX
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
@@ -44,6 +44,22 @@ def check_warmup(warmup: float, steps: int) -> None:
         )
 
 
+def check_averaging(averaging: float, epochs: int, warmup: float) -> None:
+    """Check that the last epochs, a share `averaging` of all, are none or at least one, after the warm-up.
+
+    ValueError.
+    """
+    if averaging > 0 and int(averaging * epochs) < 1:
+        raise ValueError(
+            f"averaging is {averaging} of {epochs} epochs, less than one: choose a larger share, or 0"
+        )
+    if averaging > 0 and averaging > 1 - warmup:
+        raise ValueError(
+            f"averaging is {averaging}, and in the first {warmup} of the steps the learning rate rises: "
+            f"lower averaging to {1 - warmup:g} or less, or the warm-up"
+        )
+
+
 def fits_memory(function: Callable) -> Callable:
     """Decorate a function of training or testing: a GPU too small for the batch is told as RuntimeError."""
 
@@ -70,17 +86,6 @@ def time_spent(checkpoints: Sequence[Mapping[str, object]]) -> dict[str, float |
     machines = [found.get(key) for found in checkpoints for key in ("policy_machine", "machine")]
     named = dict.fromkeys(name for several in machines if several for name in several.split("; "))
     return {"seconds": math.nan if None in seconds else sum(seconds), "machine": "; ".join(named) or None}
-
-
-class _Calling(nn.Module):
-    """A network that is called by a function of its input."""
-
-    def __init__(self, network: nn.Module, function: Callable[[Tensor], object]):
-        super().__init__()
-        self.network, self.function = network, function
-
-    def forward(self, inputs: Tensor) -> object:
-        return self.function(inputs)
 
 
 class TrainingRun:
@@ -119,8 +124,8 @@ class TrainingRun:
         and schedulers.
         `line`: what is printed of an epoch, a format string of the figures in the history.
         `seconds`: what the training took that this one builds on; `machine`: where. `averaging`: the
-        share of the epochs, the last ones, after each of which the ResNet's weights go into the mean
-        that `use_average` gives it.
+        share of the epochs, the last ones, after each of which the ResNet's weights go into a mean,
+        see `take_average`.
 
         ValueError for a run of other settings in `folder` that is unfinished, or whose final checkpoint
         was never written: it would be lost.
@@ -142,8 +147,9 @@ class TrainingRun:
 
     def _resume(self) -> None:
         state = read_checkpoint(self.last)
-        if not {"history", "settings", "seconds", *self.progress} <= state.keys():
-            raise CheckpointError(f"{self.last} is not the state of a run like this one: move it away")
+        foreign = CheckpointError(f"{self.last} is not the state of a run like this one: move it away")
+        if not {"history", "settings", "seconds"} <= state.keys():
+            raise foreign
         before = state["settings"]
         changed = [
             f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
@@ -160,12 +166,15 @@ class TrainingRun:
         if changed:
             print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
             return
+        if not self.progress.keys() <= state.keys():
+            raise foreign
         load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.seconds = state["history"], state["seconds"]
         self.machine = state.get("machine")
-        for name, part in self.progress.items():
-            part.load_state_dict(state[name])
         left = self.epochs - len(self.history)
+        if left:
+            for name, part in self.progress.items():
+                part.load_state_dict(state[name])
         print(f"Resumed from {self.last}: {len(self.history)} epochs done, {left} to go")
         for row in self.history:
             print(self.line.format(**row))
@@ -251,30 +260,38 @@ class TrainingRun:
             # Not by 1 / len(loader): the rounding errors would add up to more than an epoch.
             self.bar.update(self.epoch + step / len(loader) - self.bar.n)
         average_statistics(self.networks.values())
+        if self.in_average:
+            self.progress["averaged"].update_parameters(self.networks["resnet"])
 
     @property
-    def averaging(self) -> bool:
-        """Whether this epoch's weights go into the mean: the ResNet's learning rate stays as it is."""
+    def in_average(self) -> bool:
+        """Whether this epoch's weights go into the mean; if so, the ResNet's learning rate should stay."""
         return self.epoch >= self.epochs - self.num_averaged
 
     @fits_memory
-    def use_average(self, loader: Loader, forward: Callable[[Tensor], object]) -> None:
-        """Give the ResNet its mean weights, and batch norm the statistics of one pass of `forward` with them.
+    @torch.no_grad()
+    def take_average(self, loader: Loader, forward: Callable[[Tensor], object]) -> None:
+        """In the last epoch, give the ResNet the mean of its weights, where there is one to be taken.
 
-        `forward` calls the ResNet with the loader's images (n, 3, H, W). Without `averaging` nothing is done.
+        With it, batch norm learns its statistics anew, as means over the batches of one pass of `loader`,
+        which `forward` runs the ResNet on, images (n, 3, H, W). A block that none of them keeps has those
+        that it had. To be called between `batches` and the test.
         Stochastic weight averaging: Izmailov et al., UAI 2018.
         """
-        if self.num_averaged == 0:
+        if self.num_averaged == 0 or self.epoch < self.epochs - 1:
             return
-        start = time.perf_counter()
-        rnet = self.networks["resnet"]
+        rnet = self.networks["resnet"].train()
         rnet.load_state_dict(self.progress["averaged"].module.state_dict())
-        seed_everything(self.settings["seed"], self.epochs, rank())
-        loader.generator.manual_seed(mixed(self.settings["seed"], self.epochs))
-        update_bn(loader, _Calling(rnet, forward))
-        rnet.train()
+        norms = [module for module in rnet.modules() if isinstance(module, nn.BatchNorm2d)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.num_batches_tracked.zero_()
+            norm.momentum = None  # the mean over the batches so far
+        for inputs, _ in loader:
+            forward(inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
         average_statistics([rnet])
-        self.seconds += time.perf_counter() - start
 
     def mean_loss(self, losses: Sequence[Tensor], loader: Loader) -> float:
         """Return the mean over the loader's images of the losses (), each a batch's sum.
@@ -306,8 +323,6 @@ class TrainingRun:
                     raise RuntimeError(
                         f"the {name}'s {key} is not finite after epoch {epoch}: {self._way_out()}"
                     )
-        if self.averaging:
-            self.progress["averaged"].update_parameters(self.networks["resnet"])
         self.seconds += time.perf_counter() - self.started
         self.history.append({"epoch": epoch, **figures, "seconds": self.seconds})
         here = machine_name(next(next(iter(self.networks.values())).parameters()).device)

@@ -40,6 +40,8 @@ WARMUP = 2  # batches not counted in each turn: the workers start
 class FewBatches:
     """Stands in for a `utils.TrainingRun`: so many batches an epoch, nothing written."""
 
+    in_average = False
+
     def __init__(self, batches: int, device: torch.device):
         self.num_batches, self.device, self.times = batches, device, []
 

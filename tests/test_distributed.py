@@ -18,7 +18,7 @@ SOLE = SMALL | {"epochs": 3, "small_crops": 0.5}
 BLOCKDROP = SMALL | {
     "max_epochs_stochastic_depth": 1,
     "max_epochs_training": 2,
-    "max_epochs_finetuning": 2,
+    "max_epochs_finetuning": 3,
     "cl_pace": 2,
     "penalty": -1,  # a harder one makes a larger loss, and a noisier one
     "penalty_finetuning": -1,
@@ -28,7 +28,7 @@ BLOCKDROP = SMALL | {
     "temperature": 1,
     "temperature_finetuning": 1,
     "warmup_rnet": 0.3,
-    "averaging": 0.5,
+    "averaging": 0.67,
 }
 REPORT = """
 with open(f"weights-{os.environ.get('RANK', 0)}.txt", "w") as file:

@@ -24,13 +24,16 @@ BLOCKDROP = SMALL | {
     "max_epochs_stochastic_depth": 0, "cl_pace": 3, "warmup_rnet": 0.5, "warmup_policy": 0.5,
 }  # fmt: skip
 STAGES = {
-    "trained_rnet": ("rnet_sole", SMALL | {"epochs": 3}),
+    "trained_rnet": ("rnet_sole", SMALL | {"epochs": 3, "averaging": 0.67}),
     "trained_policy": (
         "blockdrop_training",
         BLOCKDROP | {"max_epochs_training": 3, "max_epochs_finetuning": 0},
     ),
     # Both stages, so that a kill may fall in one, in the other or between them.
-    "finetuned": ("blockdrop_training", BLOCKDROP | {"max_epochs_training": 2, "max_epochs_finetuning": 3}),
+    "finetuned": (
+        "blockdrop_training",
+        BLOCKDROP | {"max_epochs_training": 2, "max_epochs_finetuning": 3, "averaging": 0.34},
+    ),
 }
 # Each training is a process of its own, forked from one that has imported everything.
 processes = multiprocessing.get_context("forkserver")

@@ -351,6 +351,8 @@ def test_sampled_policies_are_held_against_the_greedy_ones(printed, at_root):
         return policy_loss(explored, sampled, advantage, *more, **options)
 
     class OneBatch:
+        in_average = False
+
         def batches(self, loader, crop=1):
             return [next(iter(loader))]
 
@@ -470,6 +472,8 @@ def test_they_run_on_cuda(tmp_path):
         ("rnet_sole", {"epochs": 0}, "epochs is 0, expected a whole number, 1 or more"),
         ("rnet_sole", {"max_images": 2}, "leaves one part empty"),
         ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),
+        ("rnet_sole", {"epochs": 9, "averaging": 0.1}, "averaging is 0.1 of 9 epochs, less than one"),
+        ("blockdrop_training", {"averaging": 0.95}, "averaging is 0.95, and in the first 0.5 of the steps"),
         ("blockdrop_inference", {"image": None}, "image is None, expected a whole number, 0 or more"),
         ("blockdrop_inference", {"model": "R14_SYN"}, "run blockdrop_training.ipynb with model = 'R14_SYN'"),
     ],

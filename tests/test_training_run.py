@@ -1,12 +1,14 @@
 """Training runs: killed and resumed, they end where an uninterrupted one ends."""
 
 import contextlib
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import utils
 from models.training import TrainingRun
@@ -53,7 +55,7 @@ def training(
     optimizer = torch.optim.SGD(rnet.parameters(), lr, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=EPOCHS * len(loader))
     progress = {"optimizer": optimizer, "scheduler": scheduler}
-    settings = {"seed": seed, "lr": lr}
+    settings = {"seed": seed, "lr": lr} | ({"averaging": averaging} if averaging else {})
     run = utils.TrainingRun(
         folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, resume, averaging=averaging
     )
@@ -65,14 +67,14 @@ def training(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if not run.averaging:
+            if not run.in_average:
                 scheduler.step()
             if epoch == kill_at and step == 2:
                 raise Killed
             bad = epoch == not_finite_at and step == 2
             losses.append(loss.detach() * (float("nan") if bad else len(targets)))
+        run.take_average(loader, rnet.forward_full)
         run.end_epoch(epoch, loss=run.mean_loss(losses, loader))
-    run.use_average(loader, rnet.forward_full)
     return rnet, run
 
 
@@ -92,22 +94,49 @@ def weights(rnet):
 
 
 def test_the_last_epochs_weights_are_averaged(tmp_path, monkeypatch):
-    """Their mean, at one learning rate; batch norm has the statistics of one pass with it."""
-    epochs, end_epoch = [], TrainingRun.end_epoch
+    """Their mean, at one learning rate; batch norm has the mean statistics of one pass with it."""
+    epochs, take_average, means = [], TrainingRun.take_average, []
 
-    def recorded(self, *args, **figures):
+    def recorded(self, loader, forward):
+        rnet = self.networks["resnet"]
         rate = self.progress["optimizer"].param_groups[0]["lr"]
-        epochs.append((rate, [weight.detach().clone() for weight in self.networks["resnet"].parameters()]))
-        end_epoch(self, *args, **figures)
+        epochs.append((rate, [weight.detach().clone() for weight in rnet.parameters()]))
+        if self.epoch == EPOCHS - 1:
+            rnet.blocks[0][0].bn1.register_forward_pre_hook(lambda _, x: means.append(x[0].mean((0, 2, 3))))
+        take_average(self, loader, forward)
 
-    monkeypatch.setattr(TrainingRun, "end_epoch", recorded)
-    rnet, run = training(tmp_path, averaging=0.75)
+    monkeypatch.setattr(TrainingRun, "take_average", recorded)
+    rnet, run = training(tmp_path, averaging=0.5)
     rates, weights_after = zip(*epochs, strict=True)
-    assert len(set(rates)) == 1 and rates[0] > 0
-    for weight, *last in zip(rnet.parameters(), *weights_after[1:], strict=True):
-        torch.testing.assert_close(weight, sum(last) / 3)
-    batches = {int(value) for name, value in rnet.named_buffers() if name.endswith("num_batches_tracked")}
-    assert batches == {4} and run.num_averaged == 3
+    assert rates[0] != rates[1] == rates[2] == rates[3] > 0
+    for weight, *last in zip(rnet.parameters(), *weights_after[2:], strict=True):
+        torch.testing.assert_close(weight, sum(last) / 2)
+    torch.testing.assert_close(rnet.blocks[0][0].bn1.running_mean, torch.stack(means).mean(0))
+    assert len(means) == 4 and run.num_averaged == 2 and rnet.bn1.momentum == 0.1
+
+
+def test_a_block_that_no_image_keeps_has_its_statistics_still(tmp_path):
+    rnet, run = training(tmp_path / "before")
+    run.num_averaged, run.progress["averaged"] = 1, AveragedModel(rnet)
+    before, policy = copy.deepcopy(rnet.blocks[0][0].bn1.state_dict()), torch.tensor([[0.0, 1, 1]])
+    loader = utils.Loader(
+        utils.Images(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.arange(4), list("abcd")), 2, "cpu"
+    )
+    run.take_average(loader, lambda inputs: rnet(inputs, policy.expand(len(inputs), 3), True))
+    after = rnet.blocks[0][0].bn1
+    assert torch.equal(after.running_mean, before["running_mean"]) and after.num_batches_tracked == 0
+    assert rnet.bn1.num_batches_tracked == 2
+
+
+def test_averaging_may_be_set_once_a_run_is_finished_or_moved_away(tmp_path, capsys):
+    with pytest.raises(Killed):
+        training(tmp_path, kill_at=2)
+    with pytest.raises(ValueError, match=r"unfinished run of other settings \(averaging None -> 0.5\)"):
+        training(tmp_path, averaging=0.5)
+    _, run = training(tmp_path)
+    run.save("final.t7")
+    training(tmp_path, averaging=0.5)
+    assert "Settings changed since the last run (averaging None -> 0.5)" in capsys.readouterr().out
 
 
 def test_an_averaged_run_resumes_to_the_bit(tmp_path):
@@ -206,7 +235,12 @@ def small_disk(tmp_path):
 
 def test_an_unfinished_run_is_not_saved_as_a_finished_one(tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setattr(utils, "TrainingRun", lambda *args: runs.append(TrainingRun(*args)) or runs[-1])
+
+    def recorded(*args, **more):
+        runs.append(TrainingRun(*args, **more))
+        return runs[-1]
+
+    monkeypatch.setattr(utils, "TrainingRun", recorded)
     with pytest.raises(Killed):
         training(tmp_path, kill_at=2)
     with pytest.raises(RuntimeError, match="only 2 of 4 epochs are done"):
