@@ -213,6 +213,6 @@ def test_finetuning_goes_on_with_more_processes(folders, tmp_path):
     shutil.copytree(folders[1] / "cv" / "trained_rnet", tmp_path / "cv" / "trained_rnet")
     settings = BLOCKDROP | {"max_epochs_stochastic_depth": 0, "max_epochs_training": 1, "cl_pace": 3}
     die("blockdrop_training", tmp_path, settings, 1)
-    assert "1 epochs done, 1 to go" in train("blockdrop_training", tmp_path, settings, 2)
-    assert len(history(tmp_path, "finetuned")) == 2
+    assert "1 epochs done, 2 to go" in train("blockdrop_training", tmp_path, settings, 2)
+    assert len(history(tmp_path, "finetuned")) == 3
     assert len({file.read_text() for file in tmp_path.glob("weights-*")}) == 1

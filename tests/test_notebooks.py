@@ -473,7 +473,7 @@ def test_they_run_on_cuda(tmp_path):
         ("rnet_sole", {"max_images": 2}, "leaves one part empty"),
         ("rnet_sole", {"epochs": 1, "warmup": 0}, "warmup is 0 of 5 steps"),
         ("rnet_sole", {"epochs": 9, "averaging": 0.1}, "averaging is 0.1 of 9 epochs, less than one"),
-        ("blockdrop_training", {"averaging": 0.95}, "averaging is 0.95, and in the first 0.5 of the steps"),
+        ("blockdrop_training", {"averaging": 0.95}, "averaging is 0.95, and in the first 0.1 of the steps"),
         ("blockdrop_inference", {"image": None}, "image is None, expected a whole number, 0 or more"),
         ("blockdrop_inference", {"model": "R14_SYN"}, "run blockdrop_training.ipynb with model = 'R14_SYN'"),
     ],
