@@ -375,7 +375,12 @@ def crop_share(epoch: int, epochs: int, small_crops: float) -> float:
     3/4 in the first ones, a share `small_crops` of all, which saves 7/16 of the FLOPs; then the whole.
     Idea: Touvron et al., "Fixing the train-test resolution discrepancy", NeurIPS 2019.
     """
-    return 0.75 if epoch < int(small_crops * epochs) else 1
+    return 0.75 if epoch < share_of(epochs, small_crops) else 1
+
+
+def share_of(epochs: int, share: float) -> int:
+    """Return how many epochs a share of them is, rounded down: 29 for 0.29 of 100, though 0.29 * 100 < 29."""
+    return int(share * epochs + 1e-9)
 
 
 def random_crop(images: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from models.checkpoints import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-from models.data import Loader, random_crop
+from models.data import Loader, random_crop, share_of
 from models.distributed import average_statistics, num_processes, rank, total, weigh_gradients
 from models.machine import machine as machine_name
 from models.machine import mixed, seed_everything
@@ -49,11 +49,11 @@ def check_averaging(averaging: float, epochs: int, warmup: float) -> None:
 
     ValueError.
     """
-    if averaging > 0 and int(averaging * epochs) < 1:
+    if averaging > 0 and share_of(epochs, averaging) < 1:
         raise ValueError(
             f"averaging is {averaging} of {epochs} epochs, less than one: choose a larger share, or 0"
         )
-    if averaging > 0 and averaging > 1 - warmup:
+    if averaging > 0 and averaging + warmup > 1 + 1e-9:
         raise ValueError(
             f"averaging is {averaging}, and in the first {warmup} of the steps the learning rate rises: "
             f"lower averaging to {1 - warmup:g} or less, or the warm-up"
@@ -135,7 +135,7 @@ class TrainingRun:
         self.folder, self.epochs, self.line = Path(folder), epochs, line
         self.settings = dict(settings) | {"epochs": epochs}
         self.networks, self.progress = dict(networks), dict(progress)
-        self.num_averaged = int(averaging * epochs)
+        self.num_averaged = share_of(epochs, averaging)
         if self.num_averaged > 0:
             self.progress["averaged"] = AveragedModel(self.networks["resnet"])
         self.history: list[dict[str, float | list[float]]] = []
@@ -251,6 +251,7 @@ class TrainingRun:
         """Yield the loader's batches, in this epoch's order; the progress bar moves along.
 
         `crop`: the share of the images' width and height that is seen, at another place in each batch.
+        After the last batch, in the last epochs with `averaging`, the ResNet's weights go into the mean.
         """
         loader.generator.manual_seed(mixed(self.settings["seed"], self.epoch))
         for step, (inputs, labels) in enumerate(loader, start=1):
@@ -273,9 +274,9 @@ class TrainingRun:
     def take_average(self, loader: Loader, forward: Callable[[Tensor], object]) -> None:
         """In the last epoch, give the ResNet the mean of its weights, where there is one to be taken.
 
-        With it, batch norm learns its statistics anew, as means over the batches of one pass of `loader`,
-        which `forward` runs the ResNet on, images (n, 3, H, W). A block that none of them keeps has those
-        that it had. To be called between `batches` and the test.
+        Batch norm learns the mean's statistics in one pass of `loader`, whose images (n, 3, H, W) go to
+        `forward`, which is to run the ResNet on them. A block that no image keeps has the statistics that it
+        had. To be called between `batches` and the test.
         Stochastic weight averaging: Izmailov et al., UAI 2018.
         """
         if self.num_averaged == 0 or self.epoch < self.epochs - 1:

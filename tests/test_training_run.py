@@ -128,17 +128,6 @@ def test_a_block_that_no_image_keeps_has_its_statistics_still(tmp_path):
     assert rnet.bn1.num_batches_tracked == 2
 
 
-def test_averaging_may_be_set_once_a_run_is_finished_or_moved_away(tmp_path, capsys):
-    with pytest.raises(Killed):
-        training(tmp_path, kill_at=2)
-    with pytest.raises(ValueError, match=r"unfinished run of other settings \(averaging None -> 0.5\)"):
-        training(tmp_path, averaging=0.5)
-    _, run = training(tmp_path)
-    run.save("final.t7")
-    training(tmp_path, averaging=0.5)
-    assert "Settings changed since the last run (averaging None -> 0.5)" in capsys.readouterr().out
-
-
 def test_an_averaged_run_resumes_to_the_bit(tmp_path):
     expected, _ = training(tmp_path / "whole", averaging=0.5)
     for kill_at in (1, 3):

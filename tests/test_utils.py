@@ -128,6 +128,7 @@ def test_first_epochs_see_small_crops():
     assert [data.crop_share(epoch, 4, 0.5) for epoch in range(4)] == [0.75, 0.75, 1, 1]
     assert data.crop_share(0, 1, 0.9) == 1  # the last epoch sees whole images
     assert data.crop_share(0, 9, 0) == 1
+    assert [data.share_of(100, 0.29), data.share_of(15, 0.5)] == [29, 7]
 
 
 def test_random_crops_are_somewhere_in_the_image():
