@@ -128,6 +128,13 @@ def test_a_block_that_no_image_keeps_has_its_statistics_still(tmp_path):
     assert rnet.bn1.num_batches_tracked == 2
 
 
+def test_a_run_without_averaging_gives_way_to_one_with_it(tmp_path, capsys):
+    _, run = training(tmp_path)
+    run.save("final.t7")
+    training(tmp_path, averaging=0.5)
+    assert "Settings changed since the last run (averaging None -> 0.5)" in capsys.readouterr().out
+
+
 def test_an_averaged_run_resumes_to_the_bit(tmp_path):
     expected, _ = training(tmp_path / "whole", averaging=0.5)
     for kill_at in (1, 3):
