@@ -1,4 +1,6 @@
-"""The parts that the ResNets are built of, and what hands a block some of the images."""
+"""The parts that the ResNets are built of, and the loop that runs their blocks."""
+
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,7 @@ def conv3x3(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions: the residual branch alone, without shortcut and last ReLU.
 
-    Input (N, inplanes, H, W), output (N, planes, H/stride, W/stride). The network adds the
-    shortcut itself, because it may have to return the shortcut alone.
+    Input (N, inplanes, H, W), output (N, planes, H/stride, W/stride).
     Source: He et al., CVPR 2016, figure 5 left.
     """
 
@@ -72,24 +73,42 @@ class DownsampleB(nn.Module):
         return F.pad(self.avg(x), (0, 0, 0, 0, 0, self.zero_planes))
 
 
-def as_nhwc(x: Tensor) -> Tensor:
-    """View (N, C, H, W) in channels-last memory as (N, H, W, C), contiguous."""
-    return x.permute(0, 2, 3, 1)
+def keepers(kept: Tensor, device: torch.device) -> list[bool | Tensor]:
+    """Return for each block which images keep it: all (True), none (False), or their indices (n,).
 
-
-def as_nchw(x: Tensor) -> Tensor:
-    """View (N, H, W, C) as (N, C, H, W) in channels-last memory."""
-    return x.permute(0, 3, 1, 2)
-
-
-def gather(x: Tensor, indices: Tensor) -> Tensor:
-    """Copy some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
-    return as_nchw(as_nhwc(x).index_select(0, indices))
-
-
-def indices_keeping(kept: Tensor, device: torch.device) -> tuple[Tensor, ...]:
-    """Return for each block the indices (n,) of the images that keep it; `kept`: (N, K) booleans on the host.
-
-    The lists of all blocks go to the device at once.
+    `kept`: (N, K) booleans on the host. The indices of all blocks go to `device` at once.
     """
-    return kept.t().nonzero()[:, 1].to(device).split(kept.sum(0).tolist())
+    if len(kept) == 1:
+        return kept[0].tolist()
+    counts = kept.sum(0).tolist()
+    indices = kept.t().nonzero()[:, 1].to(device).split(counts)
+    return [n > 0 if n in (0, len(kept)) else i for n, i in zip(counts, indices, strict=True)]
+
+
+def run_blocks(
+    x: Tensor,
+    blocks: Iterable[tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]],
+    keeping: Sequence[bool | Tensor],
+) -> Tensor:
+    """Run each block on the images of x (N, C, H, W) that keep it; `keeping`: as `keepers` returns it.
+
+    `blocks`: pairs of a shortcut and a branch, which maps input and shortcut(input) to the block's output.
+    """
+    # In inference mode nothing else needs the shortcut's result: write into it.
+    replace = Tensor.index_copy_ if torch.is_inference_mode_enabled() else Tensor.index_copy
+    for (shortcut, branch), keeps in zip(blocks, keeping, strict=True):
+        residual = shortcut(x)
+        if keeps is True:
+            x = branch(x, residual)
+        elif keeps is False:
+            x = residual
+        else:
+            inputs = _gather(x, keeps)
+            out = branch(inputs, inputs if residual is x else _gather(residual, keeps))
+            x = replace(residual.movedim(1, 3), 0, keeps, out.movedim(1, 3)).movedim(3, 1)
+    return x
+
+
+def _gather(x: Tensor, indices: Tensor) -> Tensor:
+    """Copy some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
+    return x.movedim(1, 3).index_select(0, indices).movedim(3, 1)

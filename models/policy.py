@@ -13,25 +13,24 @@ from models.resnet import FlatResNet, FlatResNet32, FlatResNet224
 class Policy(nn.Module):
     """A small ResNet with one output per block of the large one.
 
-    Called with images (N, 3, H, W), it returns `probs` (N, K), the probability of keeping each
-    block, and `value` (N, 1), the original's value head, which no loss of the paper uses but
-    whose weights belong to the checkpoints. Source: Wu et al., CVPR 2018, section 3.2.
+    Images (N, 3, H, W) give `probs` (N, K), the probability of keeping each block, and `value` (N, 1),
+    which no loss of the paper uses but whose weights belong to the original's checkpoints.
+    Source: Wu et al., CVPR 2018, section 3.2.
     """
 
     def __init__(self, features: FlatResNet, num_blocks: int):
         super().__init__()
-        feat_dim = features.fc.in_features
-        features.fc = nn.Identity()
         self.features = features
-        self.logit = nn.Linear(feat_dim, num_blocks)
-        self.vnet = nn.Linear(feat_dim, 1)
+        self.logit = nn.Linear(features.fc.in_features, num_blocks)
+        self.vnet = nn.Linear(features.fc.in_features, 1)
+        features.fc = nn.Identity()
 
     def view(self, x: Tensor) -> Tensor:
         """Return the images (N, 3, H, W) as the policy network looks at them."""
         return x
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.features.forward_full(self.view(x))
+        features = self.features(self.view(x))
         # In bf16 a probability would be 1, and its gradient 0, from 0.998 on: the heads don't use it.
         with torch.autocast(x.device.type, enabled=False):
             features = features.to(self.logit.weight.dtype)

@@ -1,22 +1,14 @@
 """ResNets whose blocks can be dropped, image by image."""
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import (
-    BasicBlock,
-    Bottleneck,
-    DownsampleB,
-    as_nchw,
-    as_nhwc,
-    conv3x3,
-    gather,
-    indices_keeping,
-)
+from models.base import BasicBlock, Bottleneck, DownsampleB, conv3x3, keepers, run_blocks
 
 
 class FlatResNet(nn.Module):
@@ -24,56 +16,40 @@ class FlatResNet(nn.Module):
 
     A kept block computes ReLU(shortcut(x) + block(x)); a dropped one passes on shortcut(x), without
     the ReLU. `layer_config` holds the number of blocks per segment; K is their sum.
-    What differs between image sizes stands in FlatResNet32 and FlatResNet224.
+    The stem is `conv1`, batch norm, ReLU and `pool`; `shortcut` builds a shortcut that changes the shape.
     Source: Wu et al., CVPR 2018, section 3.1, and the original's `models/resnet.py`.
     """
 
-    segment_planes: tuple[int, ...]
-
     def __init__(
         self,
+        conv1: nn.Conv2d,
+        pool: nn.Module,
+        shortcut: Callable[[int, int, int], nn.Module],
+        segment_planes: Sequence[int],
         block: type[BasicBlock] | type[Bottleneck],
         layer_config: Sequence[int],
         num_classes: int,
     ):
         super().__init__()
         self.layer_config = list(layer_config)
-        self.build_stem()
+        self.conv1 = conv1
+        self.bn1 = nn.BatchNorm2d(conv1.out_channels)
+        self.pool = pool
         self.blocks = nn.ModuleList()
         self.ds = nn.ModuleList()
-        inplanes = self.segment_planes[0]
-        for segment, (planes, num_blocks) in enumerate(
-            zip(self.segment_planes, self.layer_config, strict=True)
-        ):
+        inplanes = conv1.out_channels
+        for segment, (planes, num_blocks) in enumerate(zip(segment_planes, self.layer_config, strict=True)):
             stride = 1 if segment == 0 else 2
             outplanes = planes * block.expansion
-            if stride == 1 and inplanes == outplanes:
-                self.ds.append(nn.Identity())
-            else:
-                self.ds.append(self.build_shortcut(inplanes, outplanes, stride))
+            changes = stride > 1 or inplanes != outplanes
+            self.ds.append(shortcut(inplanes, outplanes, stride) if changes else nn.Identity())
             inputs = [(inplanes, stride)] + [(outplanes, 1)] * (num_blocks - 1)
             self.blocks.append(nn.ModuleList(block(i, planes, s) for i, s in inputs))
             inplanes = outplanes
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(inplanes, num_classes)
-        self.initialize()
-
-    def build_stem(self) -> None:
-        """Create the layers before the first block."""
-        raise NotImplementedError
-
-    def build_shortcut(self, inplanes: int, outplanes: int, stride: int) -> nn.Module:
-        """Return the shortcut of a segment's first block, where the shape changes."""
-        raise NotImplementedError
-
-    def seed(self, x: Tensor) -> Tensor:
-        """Run the layers before the first block: (N, 3, H, W) to (N, C, H', W')."""
-        raise NotImplementedError
-
-    def initialize(self) -> None:
-        """Draw new weights: He et al., ICCV 2015, normal, by fan-out."""
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d):  # He et al., ICCV 2015, normal, by fan-out
                 fan_out = math.prod(module.kernel_size) * module.out_channels
                 nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
 
@@ -89,9 +65,22 @@ class FlatResNet(nn.Module):
             for index, block in enumerate(segment):
                 yield (shortcut if index == 0 else identity), block
 
+    def seed(self, x: Tensor) -> Tensor:
+        """Run the layers before the first block: (N, 3, H, W) to (N, C, H', W')."""
+        return self.pool(F.relu(self.bn1(self.conv1(x))))
+
     def classify(self, x: Tensor) -> Tensor:
         """Pool the last block's output and return logits (N, classes)."""
         return self.fc(torch.flatten(self.avgpool(x), 1))
+
+    def check_policy(self, policy: Tensor, num_images: int) -> None:
+        """Raise ValueError for a policy of another shape than (N, K)."""
+        expected = (num_images, self.num_blocks)
+        if policy.shape != expected:
+            raise ValueError(
+                f"policy has shape {tuple(policy.shape)}, expected {expected}: "
+                "one row per image, one column per block"
+            )
 
     def forward(self, x: Tensor, policy: Tensor | None = None, skip_dropped: bool = False) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under a policy (N, K) each.
@@ -103,37 +92,14 @@ class FlatResNet(nn.Module):
         """
         if policy is None:
             return self.forward_full(x)
-        if policy.shape != (len(x), self.num_blocks):
-            raise ValueError(
-                f"policy has shape {tuple(policy.shape)}, expected {(len(x), self.num_blocks)}: "
-                "one row per image, one column per block"
-            )
+        self.check_policy(policy, len(x))
         if skip_dropped:
-            return self._forward_kept(x, (policy > 0.5).cpu())
+            return self._run(x, keepers((policy > 0.5).cpu(), x.device))
         kept = policy.t()[:, :, None, None, None] > 0.5
         x = self.seed(x)
         for keep, (shortcut, block) in zip(kept, self.shortcuts_and_blocks(), strict=True):
             residual = shortcut(x)
             x = torch.where(keep, F.relu(residual + block(x)), residual)
-        return self.classify(x)
-
-    def _forward_kept(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Run each block on the images that keep it; `kept`: (N, K) booleans on the host."""
-        x = self.seed(x)
-        keeping = indices_keeping(kept, x.device)
-        for indices, (shortcut, block) in zip(keeping, self.shortcuts_and_blocks(), strict=True):
-            residual = shortcut(x)
-            if len(indices) == len(x):
-                x = F.relu(residual + block(x))
-            elif len(indices) > 0:
-                inputs = gather(x, indices)
-                passed = inputs if residual is x else gather(residual, indices)
-                out = F.relu(passed + block(inputs))
-                x = as_nchw(as_nhwc(residual).index_copy(0, indices, as_nhwc(out)))
-            elif torch.is_grad_enabled():  # gradients of 0: DDP would wait for those of weights left out
-                x = residual + 0 * sum(weight.sum() for weight in block.parameters())
-            else:
-                x = residual
         return self.classify(x)
 
     def forward_single(self, x: Tensor, policy: Tensor | Sequence[float]) -> Tensor:
@@ -145,15 +111,22 @@ class FlatResNet(nn.Module):
             policy = policy.flatten().tolist()
         if len(policy) != self.num_blocks:
             raise ValueError(f"policy has {len(policy)} entries, expected {self.num_blocks}: one per block")
-        x = self.seed(x)
-        for keep, (shortcut, block) in zip(policy, self.shortcuts_and_blocks(), strict=True):
-            residual = shortcut(x)
-            x = F.relu(residual + block(x)) if keep > 0.5 else residual
-        return self.classify(x)
+        return self._run(x, [keep > 0.5 for keep in policy])
 
     def forward_full(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) with every block kept: the sole ResNet."""
-        return self.forward_single(x, [1] * self.num_blocks)
+        return self._run(x, [True] * self.num_blocks)
+
+    def _run(self, x: Tensor, keeping: Sequence[bool | Tensor]) -> Tensor:
+        """Return logits, each block computed for the images that keep it (see `run_blocks`)."""
+        blocks = (
+            (shortcut, functools.partial(_kept, block)) for shortcut, block in self.shortcuts_and_blocks()
+        )
+        return self.classify(run_blocks(self.seed(x), blocks, keeping))
+
+
+def _kept(block: nn.Module, x: Tensor, residual: Tensor) -> Tensor:
+    return F.relu(residual + block(x))
 
 
 class FlatResNet32(FlatResNet):
@@ -162,25 +135,14 @@ class FlatResNet32(FlatResNet):
     Source: He et al., CVPR 2016, section 4.2; shortcuts between segments are DownsampleB.
     """
 
-    segment_planes = (16, 32, 64)
-
     def __init__(
         self,
         block: type[BasicBlock] = BasicBlock,
         layer_config: Sequence[int] = (5, 5, 5),
         num_classes: int = 10,
     ):
-        super().__init__(block, layer_config, num_classes)
-
-    def build_stem(self) -> None:
-        self.conv1 = conv3x3(3, 16)
-        self.bn1 = nn.BatchNorm2d(16)
-
-    def build_shortcut(self, inplanes: int, outplanes: int, stride: int) -> nn.Module:
-        return DownsampleB(inplanes, outplanes, stride)
-
-    def seed(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(x)))
+        stem = conv3x3(3, 16), nn.Identity()
+        super().__init__(*stem, DownsampleB, (16, 32, 64), block, layer_config, num_classes)
 
 
 class FlatResNet224(FlatResNet):
@@ -190,26 +152,17 @@ class FlatResNet224(FlatResNet):
     Source: He et al., CVPR 2016, table 1; `torchvision.models.resnet`.
     """
 
-    segment_planes = (64, 128, 256, 512)
-
     def __init__(
         self,
         block: type[BasicBlock] | type[Bottleneck] = Bottleneck,
         layer_config: Sequence[int] = (3, 4, 23, 3),
         num_classes: int = 1000,
     ):
-        super().__init__(block, layer_config, num_classes)
+        conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        stem = conv1, nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        super().__init__(*stem, _projection, (64, 128, 256, 512), block, layer_config, num_classes)
 
-    def build_stem(self) -> None:
-        self.conv1 = nn.Conv2d(3, 64, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
 
-    def build_shortcut(self, inplanes: int, outplanes: int, stride: int) -> nn.Module:
-        return nn.Sequential(
-            nn.Conv2d(inplanes, outplanes, kernel_size=1, stride=stride, bias=False),
-            nn.BatchNorm2d(outplanes),
-        )
-
-    def seed(self, x: Tensor) -> Tensor:
-        return self.maxpool(F.relu(self.bn1(self.conv1(x))))
+def _projection(in_planes: int, out_planes: int, stride: int) -> nn.Module:
+    conv = nn.Conv2d(in_planes, out_planes, kernel_size=1, stride=stride, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_planes))

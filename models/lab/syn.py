@@ -30,10 +30,7 @@ class Drawing(NamedTuple):
 
 
 def draw(num_images: int, seed: int) -> Drawing:
-    """Return `num_images` labelled images: the same bytes for the same seed.
-
-    Classes are equally frequent up to rounding.
-    """
+    """Return images of equally many labels (up to rounding): the same bytes for the same seed."""
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(num_images) % len(CLASSES))
     difficulty = random.random(num_images)
@@ -49,7 +46,6 @@ def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Ge
     n = len(labels)
     d = difficulty[:, None, None]
     image, ink = _colors(random, difficulty)
-
     center = random.uniform(-3, 3, (2, n, 1, 1))
     radius = random.uniform(8, 12, (n, 1, 1))
     x, y = _local_grid(center, random.uniform(0, 2 * np.pi, (n, 1, 1)))

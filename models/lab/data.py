@@ -3,24 +3,26 @@
 import contextlib
 import copy
 import math
+import multiprocessing
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
 
-from models import syn
-from models.distributed import first_goes_first, num_processes, rank
-from models.names import NUM_CLASSES, parse_model
+from models.lab import syn
+from models.lab.distributed import first_goes_first, num_processes, rank
+from models.lab.files import written_whole
+from models.lab.names import NUM_CLASSES, parse_model
 
 # Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10
 # alone; its checkpoints depend on it.
@@ -30,6 +32,9 @@ R32_C10_STATISTICS = (
 )
 IMAGENET_RESIZE, IMAGENET_CROP = 256, 224  # pixels
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+HOLDOUT = 0.1  # share of the training images that is kept out of training, to tune and choose by
+WORKERS = 4  # processes that read ImageNet's files; another number draws other crops
 
 
 class Images(Dataset):
@@ -53,10 +58,9 @@ class Images(Dataset):
     ):
         self.images, self.labels, self.classes = images, labels, list(classes)
         self.difficulty, self.augment = difficulty, augment
-        self.mean, self.std = (
-            torch.tensor(s, dtype=torch.float32).view(1, 3, 1, 1)
-            for s in statistics or ((0, 0, 0), (1, 1, 1))
-        )
+        mean, std = statistics or ((0, 0, 0), (1, 1, 1))
+        self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,20 +77,17 @@ class Images(Dataset):
 
         `share`: the part of the batch `indices` to be read; it is augmented as in the whole batch.
         """
-        numbers = self._draw(len(indices), generator) if self.augment else ()
-        indices = indices[share]
-        images = self.images[indices]
-        if self.augment:
-            images = self._crop_and_flip(images, *(n[share].to(images.device) for n in numbers))
+        images, labels = self.images[indices[share]], self.labels[indices[share]]
+        if self.augment:  # drawn on the CPU: the same for every device
+            n = len(indices)
+            top, left = torch.randint(2 * self.PADDING + 1, (2, n, 1), generator=generator)
+            flip = torch.rand(n, 1, generator=generator) < 0.5
+            images = self._crop_and_flip(images, *(x[share].to(images.device) for x in (top, left, flip)))
         inputs = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
-        return inputs.sub_(self.mean).div_(self.std), self.labels[indices]
-
-    def _draw(self, n: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw top and left of n crops, and whether to flip: on the CPU, the same for every device."""
-        top, left = torch.randint(2 * self.PADDING + 1, (2, n, 1), generator=generator)
-        return top, left, torch.rand(n, 1, generator=generator) < 0.5
+        return inputs.sub_(self.mean).div_(self.std), labels
 
     def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """Return crops of images (n, 3, H, W) whose corners are `top` and `left` (n, 1), some flipped."""
         n, _, height, width = images.shape
         padded = F.pad(images, [self.PADDING] * 4)
         rows = top + torch.arange(height, device=images.device)
@@ -96,13 +97,12 @@ class Images(Dataset):
         crops = padded[each, :, rows[:, :, None], columns[:, None, :]]  # (n, H, W, 3)
         return crops.permute(0, 3, 1, 2)
 
-    def subset(self, indices: Tensor, augment: bool | None = None) -> "Images":
-        """Return the images at `indices` (n,), with augmentation as here or as told."""
+    def subset(self, indices: Tensor | slice, augment: bool) -> "Images":
+        """Return the images at `indices` (n,)."""
         part = copy.copy(self)
-        part.images, part.labels = self.images[indices], self.labels[indices]
+        part.images, part.labels, part.augment = self.images[indices], self.labels[indices], augment
         if self.difficulty is not None:
             part.difficulty = self.difficulty[indices]
-        part.augment = self.augment if augment is None else augment
         return part
 
     def to(self, device: torch.device | str) -> "Images":
@@ -119,40 +119,31 @@ def get_dataset(
     """Return the training set (augmented) and the test set of a model name.
 
     CIFAR is downloaded to `root` if absent, SYN drawn and kept there; ImgNet is read from
-    `root/train/` and `root/val/`, a folder per class. With `max_images`, both are cut to so many
-    images, CIFAR and SYN to their first ones, ImgNet to some of all classes. ValueError for an
-    unknown model or a limit below 1, FileNotFoundError for missing data that can't be had.
+    `root/train/` and `root/val/`, a folder per class. `max_images`: use so many images of both, the first
+    ones of CIFAR and SYN, some of all classes of ImgNet. ValueError for an unknown model,
+    FileNotFoundError for missing data that can't be had.
     """
-    if max_images is not None and max_images < 1:
-        raise ValueError(f"max_images is {max_images}, expected 1 or more, or None for all")
-    name = parse_model(model)
-    root = Path(root)
-    if name.dataset == "ImgNet":
+    name, root = parse_model(model).dataset, Path(root)
+    if name == "ImgNet":
         datasets = _imagenet(root)
     else:
         with first_goes_first():  # it downloads or draws
-            if name.dataset == "SYN":
+            if name == "SYN":
                 datasets = [_syn(root, train) for train in (True, False)]
             else:
                 statistics = R32_C10_STATISTICS if model == "R32_C10" else None
-                datasets = [_cifar(name.dataset, root, train, statistics) for train in (True, False)]
-    if max_images is not None:
-        for dataset in datasets:
-            _limit(dataset, max_images)
-    trainset, testset = datasets
+                datasets = [_cifar(name, root, train, statistics) for train in (True, False)]
+    trainset, testset = datasets if max_images is None else (_first(d, max_images) for d in datasets)
     return trainset, testset
 
 
-def _limit(dataset: Dataset, max_images: int) -> None:
-    """Cut a data set to so many images."""
+def _first(dataset: Dataset, max_images: int) -> Dataset:
+    """Return a data set cut to so many images."""
     if isinstance(dataset, Images):
-        dataset.images, dataset.labels = dataset.images[:max_images], dataset.labels[:max_images]
-        if dataset.difficulty is not None:
-            dataset.difficulty = dataset.difficulty[:max_images]
-    else:  # an ImageFolder, sorted by class
-        samples = dataset.samples
-        number = min(max_images, len(samples))
-        dataset.samples = [samples[i * len(samples) // number] for i in range(number)]
+        return dataset.subset(slice(max_images), dataset.augment)
+    number, samples = min(max_images, len(dataset)), dataset.samples  # sorted by class
+    dataset.samples = [samples[i * len(samples) // number] for i in range(number)]
+    return dataset
 
 
 def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
@@ -194,21 +185,24 @@ def _syn(root: Path, train: bool) -> Images:
             drawing = syn.Drawing(**file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
         drawing = syn.draw(num_images, seed)
-        _keep_drawing(path, drawing)
+        with contextlib.suppress(OSError), written_whole(path) as file:  # else it is drawn again next time
+            np.savez(file, **drawing._asdict())
     images, labels, difficulty = map(torch.from_numpy, drawing)
     return Images(images, labels, syn.CLASSES, difficulty=difficulty, augment=train)
 
 
-def _keep_drawing(path: Path, drawing: syn.Drawing) -> None:
-    """Keep a drawing for the next time; where that fails, it will be drawn again."""
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}.npz")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(temporary, **drawing._asdict())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+class _ImageFolder(torchvision.datasets.ImageFolder):
+    """ImageNet's images, without what file managers and notebooks leave beside them."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = sorted(e.name for e in os.scandir(directory) if e.is_dir() and e.name[0] not in "._")
+        if not classes:
+            raise FileNotFoundError(f"there is no class folder in {directory}")
+        return classes, {name: number for number, name in enumerate(classes)}
+
+
+def _is_image(path: str) -> bool:
+    return os.path.basename(path)[0] != "." and torchvision.datasets.folder.is_image_file(path)
 
 
 def _imagenet(root: Path) -> list[Dataset]:
@@ -226,45 +220,44 @@ def _imagenet(root: Path) -> list[Dataset]:
             )
         transform = transforms.Compose(transform + normalize)
         try:
-            dataset = torchvision.datasets.ImageFolder(path, transform, loader=_read_rgb)
+            datasets.append(_ImageFolder(path, transform, loader=_read, is_valid_file=_is_image))
         except FileNotFoundError as error:  # no folder in it, or one without images
             raise FileNotFoundError(f"{error}: expected a folder of images per class in {path}") from error
-        if len(dataset.classes) != NUM_CLASSES["ImgNet"]:
-            raise ValueError(
-                f"{path} has {len(dataset.classes)} class folders, expected ImageNet's "
-                f"{NUM_CLASSES['ImgNet']}"
-            )
-        datasets.append(dataset)
-    if datasets[0].classes != datasets[1].classes:
-        raise ValueError(f"{root / 'train'} and {root / 'val'} don't have the same class folders")
-    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
-    for dataset in datasets:
-        if len(dataset.classes) == len(names):  # the folders are called n01440764 and so on
-            dataset.classes = list(names)
+    train_classes, test_classes = (dataset.classes for dataset in datasets)
+    if alone := sorted(set(train_classes) ^ set(test_classes)):
+        where = root / ("train" if alone[0] in train_classes else "val")
+        raise ValueError(f"the class folder {alone[0]} is in {where} alone: remove it, or complete the other")
+    if len(train_classes) != NUM_CLASSES["ImgNet"]:
+        raise ValueError(f"{root / 'train'} has {len(train_classes)} class folders, expected ImageNet's 1000")
+    for dataset in datasets:  # the folders are called n01440764 and so on
+        dataset.classes = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
     return datasets
 
 
-def hold_out(trainset: Dataset, testset: Dataset, share: float) -> tuple[Dataset, Dataset]:
-    """Split `share` of the training images off, for tuning and selection; read them as test images.
+def split(
+    model: str, root: str | os.PathLike = "data/", max_images: int | None = None
+) -> tuple[Dataset, Dataset, Dataset]:
+    """Return a model's training, held-out and test images; errors as in `get_dataset`.
 
-    Which ones is drawn once and for all, the same in every run and notebook. Returns the remaining
-    training set and the held-out set. ValueError for a share outside (0, 1).
+    The held-out images are a share `HOLDOUT` of the training set, drawn once and for all: the same in every
+    run and notebook. They are read as test images are.
     """
-    if not 0 < share < 1:
-        raise ValueError(f"holdout is {share}, expected a share between 0 and 1, such as 0.1")
+    trainset, testset = get_dataset(model, root, max_images)
     indices = torch.randperm(len(trainset), generator=torch.Generator().manual_seed(0))
-    num_val = round(share * len(trainset))
-    if not 0 < num_val < len(trainset):
-        raise ValueError(
-            f"holdout {share} of {len(trainset)} training images leaves one part empty: "
-            "use more images or another share"
-        )
+    num_val = round(HOLDOUT * len(trainset))
+    if num_val == 0:
+        raise ValueError(f"{len(trainset)} training images are too few to hold a tenth out: use 5 or more")
     val, train = indices[:num_val], indices[num_val:]
     if isinstance(trainset, Images):
-        return trainset.subset(train), trainset.subset(val, augment=False)
+        return trainset.subset(train, augment=True), trainset.subset(val, augment=False), testset
     plain = copy.copy(trainset)
     plain.transform = testset.transform
-    return Subset(trainset, train.tolist()), Subset(plain, val.tolist())
+    return Subset(trainset, train.tolist()), Subset(plain, val.tolist()), testset
+
+
+def test_batch_size(model: str) -> int:
+    """Return how many images a batch has in tests, where its size does not change the result."""
+    return 100 if parse_model(model).dataset == "ImgNet" else 1000
 
 
 def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple[Tensor, Tensor]:
@@ -273,24 +266,44 @@ def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple
     `source`: its number in the data set, or a file, which is scaled and cut to the data set's size.
     IndexError without that number, FileNotFoundError without the file, ValueError if it is no image.
     """
-    if isinstance(dataset, Images):
-        if isinstance(source, int):
-            shown = dataset.images[source].permute(1, 2, 0)
-        else:
-            size = dataset.images.shape[-1]
-            fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-            shown = torch.from_numpy(np.array(fit(_read_rgb(source))))
-        inputs = shown.permute(2, 0, 1).float().div(255)
-        return shown, (inputs - dataset.mean[0]) / dataset.std[0]
-    path = dataset.samples[source][0] if isinstance(source, int) else source
-    resize, crop, *to_input = dataset.transform.transforms
-    image = crop(resize(_read_rgb(path)))
-    return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
+    is_number = isinstance(source, int)
+    if not isinstance(dataset, Images):
+        resize, crop, *to_input = dataset.transform.transforms
+        image = _read(dataset.samples[source][0]) if is_number else _read(source, _as_shown)
+        image = crop(resize(image))
+        return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
+    if is_number:
+        shown = dataset.images[source].permute(1, 2, 0)
+    else:
+        size = dataset.images.shape[-1]
+        fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
+        shown = torch.from_numpy(np.array(fit(_read(source, _as_shown))))
+    inputs = shown.permute(2, 0, 1).float().div(255)
+    return shown, (inputs - dataset.mean[0]) / dataset.std[0]
 
 
-def _read_rgb(path: str | os.PathLike) -> Image.Image:
+def _as_shown(path: str | os.PathLike) -> Image.Image:
+    """Read a picture file as an image viewer shows it: upright, transparent parts white, 16 bits as 8."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            values = np.asarray(image, np.float64)
+            white = 1 if image.mode == "F" else 2**16 - 1
+            if not ((values >= 0) & (values <= white)).all():
+                raise ValueError(f"its values are not between 0 and {white}")
+            image = Image.fromarray(np.uint8(np.rint(255 / white * values)))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+
+
+def _read(
+    path: str | os.PathLike, reader: Callable[..., Image.Image] = torchvision.datasets.folder.pil_loader
+) -> Image.Image:
+    """Return a picture file's RGB image, by default as everybody reads ImageNet's."""
     try:
-        return torchvision.datasets.folder.pil_loader(path)
+        return reader(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no image file {path}") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -301,51 +314,39 @@ class Loader:
     """Batches of a data set on the device: inputs (n, 3, H, W), channels last, and labels (n,).
 
     Small images (`Images`) lie on the device whole, in bytes, and are prepared there; others come
-    from `workers` processes. With `shuffle`, each pass is in a new order, drawn from `generator`,
-    as the small images' augmentation is. The last batch holds what is left.
-
-    Where several processes train together, `batch_size` and length mean all of them, and each gets
-    its share of every batch. ValueError for a batch size below 1 or, with `shuffle`, one that can't
-    be shared.
+    from worker processes. With `shuffle`, each pass is in a new order, drawn from `generator`,
+    as the small images' augmentation is. Where several processes train together, `batch_size` and length
+    mean all of them, and each gets its share of every batch.
+    ValueError, with `shuffle`, for a batch size that can't be shared.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        batch_size: int,
-        device: torch.device | str,
-        shuffle: bool = False,
-        workers: int = 0,
-    ):
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected 1 image or more")
+    def __init__(self, dataset: Dataset, batch_size: int, device: torch.device | str, shuffle: bool = False):
         self.device, self.batch_size, self.shuffle = torch.device(device), batch_size, shuffle
         self.num_images = len(dataset)
         self.generator = torch.Generator()
-        self.share = slice(rank(), None, num_processes())
-        if shuffle:
-            self._check_shares()
+        n = num_processes()
+        self.share = slice(rank(), None, n)
+        if shuffle and batch_size % n:
+            raise ValueError(
+                f"batch_size is {batch_size}, which {n} processes can't share evenly: "
+                f"choose a multiple of {n}"
+            )
+        if shuffle and 0 < (last := self.num_images % batch_size) < n:
+            raise ValueError(
+                f"the last batch of {self.num_images} images has {last}, too few for {n} processes: "
+                "choose another batch_size"
+            )
         self.images = dataset.to(device) if isinstance(dataset, Images) else None
         if self.images is None:
+            # Forked, workers don't run a script from its top, as other start methods make them.
+            fork = _num_cores() > 1 and "fork" in multiprocessing.get_all_start_methods()
             self.loader = DataLoader(
                 dataset,
                 batch_sampler=_Shares(self),
                 collate_fn=_collate,
-                num_workers=min(workers, _num_cores()),
+                num_workers=min(WORKERS, _num_cores()) if fork else 0,
+                multiprocessing_context="fork" if fork else None,
                 pin_memory=self.device.type == "cuda",
-            )
-
-    def _check_shares(self) -> None:
-        n = num_processes()
-        if self.batch_size % n:
-            raise ValueError(
-                f"batch_size is {self.batch_size}, which {n} processes can't share evenly: "
-                f"choose a multiple of {n}"
-            )
-        if 0 < (last := self.num_images % self.batch_size) < n:
-            raise ValueError(
-                f"the last batch of {self.num_images} images has {last}, too few for {n} processes: "
-                "choose another batch_size or holdout"
             )
 
     def __len__(self) -> int:
@@ -360,13 +361,21 @@ class Loader:
         return order.split(self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        if self.images is None:
+        if self.images is not None:
+            for indices in self.batches():
+                yield self.images.read(indices.to(self.device), self.share, self.generator)
+            return
+        try:
             for inputs, labels in self.loader:
                 inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield inputs, labels.to(self.device, non_blocking=True)
-            return
-        for indices in self.batches():
-            yield self.images.read(indices.to(self.device), self.share, self.generator)
+        except RuntimeError as error:
+            if "shared memory" not in str(error) and "Bus error" not in str(error):
+                raise
+            raise RuntimeError(
+                "/dev/shm is too small for the worker processes that read the images: enlarge it (docker "
+                "run --shm-size=8g), or lower batch_size"
+            ) from error
 
 
 def crop_share(epoch: int, epochs: int, small_crops: float) -> float:
@@ -385,6 +394,8 @@ def share_of(epochs: int, share: float) -> int:
 
 def random_crop(images: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """Return a crop of images (n, 3, H, W), `share` of their width and height, at one random place."""
+    if share == 1:
+        return images
     height, width = images.shape[2:]
     rows, columns = round(share * height), round(share * width)
     top = torch.randint(height - rows + 1, (), generator=generator)
@@ -394,15 +405,15 @@ def random_crop(images: Tensor, share: float, generator: torch.Generator | None 
 
 
 def _num_cores() -> int:
-    """Return the number of cores that this process may use; more workers only slow each other down."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _collate(images: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     """Join images of ImageNet to a batch; a process's share of the last one may be empty."""
-    if not images:
-        return torch.empty(0, 3, IMAGENET_CROP, IMAGENET_CROP), torch.empty(0, dtype=torch.int64)
-    return default_collate(images)
+    if images:
+        return default_collate(images)
+    return torch.empty(0, 3, IMAGENET_CROP, IMAGENET_CROP), torch.empty(0, dtype=torch.int64)
 
 
 class _Shares:
@@ -414,6 +425,3 @@ class _Shares:
     def __iter__(self) -> Iterator[list[int]]:
         for indices in self.loader.batches():
             yield indices[self.loader.share].tolist()
-
-    def __len__(self) -> int:
-        return len(self.loader)

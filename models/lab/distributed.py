@@ -1,38 +1,29 @@
 """Several processes, one training: PyTorch's `torchrun` starts them, this is what they share.
 
-Everything here does nothing, or the plain thing, in a process that runs alone.
+In a process that runs alone, each function does nothing, or the plain thing.
 """
 
 import atexit
 import contextlib
-import inspect
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-
-from models.policy import Policy
 
 PATIENCE = timedelta(minutes=15)  # for the others in a step or a test; a process that dies ends all at once
 PATIENCE_FOR_DATA = timedelta(hours=2)  # for the first process, which downloads
-GRACE = 5  # seconds that the others leave to the first process, to report an error that all of them have
+GRACE = 5  # seconds; an error that all processes have is reported by the first one, whose end ends all
 
 _waiting_for_data: dist.ProcessGroup | None = None
-_weight = 1.0  # this process's images in the batch, as a multiple of an even share
 
 
 def join_processes(device: torch.device) -> None:
-    """Join the other processes where `torchrun` started this one; only the first goes on printing.
-
-    NCCL connects GPUs, gloo CPUs. What torchrun says stands in its environment variables.
-    """
+    """Join the other processes where `torchrun` started this one; only the first goes on printing."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
     global _waiting_for_data
@@ -49,10 +40,7 @@ def join_processes(device: torch.device) -> None:
 
 
 def _end_at_once(kind, error, trace) -> None:
-    """Report an error that nothing caught, and end: leaving the others in order would wait for them.
-
-    An error that all processes have, a wrong setting say, is reported once: the first one's end ends all.
-    """
+    """Report an error that nothing caught, and end: an orderly exit would wait for the other processes."""
     if rank() > 0:
         time.sleep(GRACE)
     sys.__excepthook__(kind, error, trace)
@@ -62,7 +50,7 @@ def _end_at_once(kind, error, trace) -> None:
 
 
 def rank() -> int:
-    """Return this process's number; 0 is the one that writes and prints."""
+    """Return this process's number; process 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -71,39 +59,22 @@ def num_processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def parallel(network: nn.Module) -> nn.Module:
-    """Return what to call in training: the network, its gradients averaged over the processes.
+def average_gradients(num_images: int, *networks: nn.Module) -> None:
+    """Average the networks' gradients over the processes, each weighted by its images in the batch.
 
-    Each process's count as much as it has images in the batch, see `weigh_gradients`.
+    `num_images`: this process's share of the batch, over which its loss is a mean.
     """
     if not dist.is_initialized():
-        return network
-    # Batch norm's running statistics are averaged after each epoch, see `average_statistics`.
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    if isinstance(network, Policy):
-        network.vnet.requires_grad_(False)  # no loss uses it, and gradients that never come are waited for
-    wrapped = DistributedDataParallel(network, **{buffers: False})
-    wrapped.register_comm_hook(None, _weighted_mean)
-    return wrapped
+        return
+    gradients = [p.grad for network in networks for p in network.parameters() if p.grad is not None]
+    flat = total(torch.cat([gradient.flatten() for gradient in gradients]) * num_images)
+    count = total(flat.new_tensor([num_images]))
+    parts = (flat / count).split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
 
 
-def weigh_gradients(images: int, of: int) -> None:
-    """Tell how many images of a batch this process has, `images` of `of`, before its gradients are averaged.
-
-    A process's loss is the mean over its own images: where shares differ in size, so do their weights.
-    """
-    global _weight
-    _weight = images * num_processes() / of
-
-
-def _weighted_mean(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Average gradients over the processes, each weighted by its images."""
-    bucket.buffer().mul_(_weight)
-    return allreduce_hook(group, bucket)
-
-
-def average_statistics(networks: Iterable[nn.Module]) -> None:
+def average_statistics(*networks: nn.Module) -> None:
     """Set batch norm's running statistics to their mean over the processes, its counts to the first one's.
 
     Networks in eval mode have learned none, and keep what they have.
@@ -128,7 +99,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, the first process's first; each may have another number."""
+    """Return the rows of all processes, the first process's first; their numbers may differ."""
     if not dist.is_initialized():
         return rows
     parts = [None] * num_processes()

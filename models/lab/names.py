@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from models import syn
+from models.lab import syn
 
 NUM_CLASSES = {"C10": 10, "C100": 100, "SYN": len(syn.CLASSES), "ImgNet": 1000}
 IMAGENET_LAYERS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -20,11 +20,7 @@ class ModelName(NamedTuple):
 
 
 def parse_model(model: str) -> ModelName:
-    """Take a model name `R<depth>_<dataset>` apart. ValueError, saying what is allowed, for others.
-
-    >>> parse_model("R110_C10").layer_config
-    (18, 18, 18)
-    """
+    """Take a model name `R<depth>_<dataset>` apart. ValueError, saying what is allowed, for others."""
     match = re.fullmatch(r"R([1-9]\d*)_([A-Za-z0-9]+)", str(model))
     depth, dataset = (int(match[1]), match[2]) if match else (0, "")
     if dataset == "ImgNet" and depth in IMAGENET_LAYERS:

@@ -1,0 +1,266 @@
+"""What the inference notebook found, in words and in files: tables, the verdict, numbers, pictures.
+
+`python -m models.lab.report` brings the README's table and picture up to date with the files in `results/`.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from models.lab import plots
+from models.lab.files import advice, written_whole
+from models.lab.statistics import standard_error
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RESULTS = ("<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->")
+CHANCE_FACTOR = 1.5  # a network below so many times the chance level has not learned
+POINTS = "{:+.2f} ± {:.2f}"
+
+
+class Report:
+    """Files of one model on one device in `folder`, named `<model>_<device>…`; None: nothing is written.
+
+    The names hold another precision than fp32, and `max_images` where it is set: a quick look does not
+    replace the report of all images.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        model: str,
+        device: str,
+        precision: str,
+        max_images: int | None,
+    ):
+        """RuntimeError where the folder can't be written to."""
+        self.folder = None if folder is None else Path(folder)
+        unusual = [precision] if precision != "fp32" else []
+        unusual += [f"{max_images}images"] if max_images is not None else []
+        self.name = "_".join([model, device, *unusual])
+        if self.folder is not None:
+            with explained(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=self.folder).close()
+
+    def picture(self, name: str, figure: Figure | None) -> None:
+        """Write a figure, if any, as SVG with letters as letters, and as PNG. RuntimeError if that fails."""
+        if self.folder is not None and figure is not None:
+            for kind, about in (("svg", {"Date": None}), ("png", {"Software": None})):
+                content = io.BytesIO()
+                figure.savefig(content, format=kind, metadata=about, dpi=100)
+                self._save(f"_{name}.{kind}", content.getvalue())
+
+    def write(self, numbers: Mapping, text: str) -> list[Path]:
+        """Write numbers as JSON, nan as null, a text as Markdown; return the files. RuntimeError as above."""
+        if self.folder is None:
+            return []
+        plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
+        content = json.dumps(plain, indent=1, ensure_ascii=False)
+        return [self._save(".json", f"{content}\n".encode()), self._save(".md", f"{text}\n".encode())]
+
+    def _save(self, ending: str, content: bytes) -> Path:
+        path = self.folder / f"{self.name}{ending}"
+        with explained(path), written_whole(path) as file:
+            file.write(content)
+        return path
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Raise an OSError with a report's path as RuntimeError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise RuntimeError(
+            f"can't write the report ({error}): {advice(error, path)} (results_dir)"
+        ) from error
+
+
+def figures(hits: Tensor, policies: Tensor, flops: Tensor) -> dict[str, float]:
+    """Return a network's figures on N images: hits (N,), 1 where right; policies (N, K); FLOPs (N,)."""
+    blocks = policies.sum(1)
+    return {
+        "accuracy": hits.mean().item(), "error": standard_error(hits),
+        "blocks": blocks.mean().item(), "blocks_deviation": blocks.std(correction=0).item(),
+        "blocks_minimum": int(blocks.min()), "policies": len(policies.unique(dim=0)),
+        "flops": flops.mean().item(), "flops_deviation": flops.std(correction=0).item(),
+    }  # fmt: skip
+
+
+def three_digits(number: float) -> str:
+    """Write a number in three significant digits, or whole from 1,000 on."""
+    return f"{number:,.0f}" if abs(number) >= 999.5 else f"{number:#.3g}".rstrip(".")
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, ["---"] * len(columns), *rows))
+
+
+def compared(numbers: Mapping) -> list[str]:
+    """Return the batch sizes for which there is a verdict: 1 and the large one."""
+    return list(dict.fromkeys(["1", str(numbers["large_batch"])]))
+
+
+def milliseconds(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
+    """Write a network's time per image at a batch size; empty where it was not measured."""
+    time = numbers["times"].get(size, {}).get(name)
+    if time is None:
+        return ""
+    low, middle, high = (three_digits(1000 * time[key]) for key in ("low", "seconds", "high"))
+    return f"{middle} ({low} to {high})" if quartiles else middle
+
+
+def speedup(numbers: Mapping, size: str, name: str = "blockdrop") -> str:
+    """Write how many times as fast as the sole ResNet a network is; empty where it was not measured."""
+    times = numbers["times"][size]
+    return f"{times['sole']['seconds'] / times[name]['seconds']:.2f}" if name in times else ""
+
+
+def summary_table(numbers: Mapping) -> str:
+    """Return the main table: a column per network, a row per figure."""
+    networks, training = numbers["networks"], numbers["training"]
+    rows = [
+        ["Accuracy (%, ± standard error)",
+         *(f"{100 * n['accuracy']:.2f} ± {100 * n['error']:.2f}" for n in networks.values())],
+        [f"Blocks kept, of {numbers['blocks']} (mean ± standard deviation)",
+         *(f"{n['blocks']:.2f} ± {n['blocks_deviation']:.2f}" for n in networks.values())],
+        ["Distinct policies", *(str(n["policies"]) for n in networks.values())],
+        ["FLOPs per image (millions)", *(three_digits(n["flops"] / 1e6) for n in networks.values())],
+        ["Training (s, BlockDrop's on top of the sole ResNet's)",
+         *(f"{s:,.0f}" if s else "unknown" for s in (training["sole"], training["extra"])), ""],
+    ]  # fmt: skip
+    for size in compared(numbers):
+        low_to_high = "{:.1f} ({:.1f} to {:.1f})".format(*numbers["break_even_blocks"][size])
+        rows += [
+            [f"Batch {size}: ms per image (quartiles)", *(milliseconds(numbers, size, n) for n in networks)],
+            [f"Batch {size}: speed, sole ResNet = 1", *(speedup(numbers, size, n) for n in networks)],
+            [f"Batch {size}: break-even in blocks (range)", "", low_to_high, ""],
+            [f"Batch {size}: break-even in images (range)", "", images_words(numbers, size), ""],
+        ]
+    return markdown_table(["", *(plots.NETWORKS[name]["label"] for name in networks)], rows)
+
+
+def images_words(numbers: Mapping, size: str) -> str:
+    """Write after how many images BlockDrop's training is paid for at a batch size, if that is known."""
+    saved, least, most = numbers["saved"][size]
+    if least <= 0 <= most:
+        return "within noise"
+    if saved < 0:
+        return "never"
+    found = [three_digits(images / 1e6) for images in numbers["break_even_images"].get(size, [])]
+    return "{} million ({} to {})".format(*found) if found else "unknown"
+
+
+def verdict(numbers: Mapping) -> str:
+    """Say in a few sentences when BlockDrop is worth it."""
+    networks, training = numbers["networks"], numbers["training"]
+    percent = {name: f"{100 * network['accuracy']:.2f} %" for name, network in networks.items()}
+    said = [
+        f"On {numbers['machine']}, {numbers['precision']}, BlockDrop keeps "
+        f"{networks['blockdrop']['blocks']:.1f} of {numbers['blocks']} blocks. "
+        f"Its accuracy is {percent['blockdrop']}, the sole ResNet's "
+        f"{percent['sole']} ({POINTS.format(*numbers['better_than_sole'])} points)."
+    ]
+    least = CHANCE_FACTOR * numbers["chance"]
+    if bad := [plots.NETWORKS[n]["label"] for n in networks if networks[n]["accuracy"] < least]:
+        said.append(f"At chance level, so that this is no verdict on BlockDrop: {', '.join(bad)}.")
+    said += [_speed_words(numbers, size) for size in compared(numbers)]
+    if training["sole_trainings"]:
+        said.append(f"BlockDrop's training took {training['sole_trainings']:.1f} times the sole ResNet's.")
+    if not training["here"]:
+        said.append("The training was not timed on this machine: break-even in images is unknown.")
+    said.append(
+        f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}; "
+        f"deciding per image adds {POINTS.format(*numbers['better_than_one_policy'])} points."
+    )
+    return " ".join(filter(None, [*said, numbers.get("busy")]))
+
+
+def _speed_words(numbers: Mapping, size: str) -> str:
+    """Say at which speed BlockDrop, and one policy for all, run at a batch size."""
+    paid, one = images_words(numbers, size), speedup(numbers, size, "one_policy")
+    known = {"within noise": ", which is within noise", "never": " and is not worth it", "unknown": ""}
+    return (
+        f"At batch {size} BlockDrop has {speedup(numbers, size)} times the sole ResNet's speed"
+        + known.get(paid, f" and has paid for its training after {paid} images")
+        + (f"; one policy for all images has {one} times." if one else ".")
+    )
+
+
+def baselines_table(numbers: Mapping) -> str:
+    """Return the table of the other ways to choose blocks."""
+    columns = ["blocks chosen", "finetuned ResNet (%)", "sole ResNet (%)",
+               "learned per image is better by (points, ± standard error)"]  # fmt: skip
+    rows = [
+        [choice, f"{100 * found['finetuned']:.2f}", f"{100 * found['sole']:.2f}",
+         POINTS.format(*found["better_by"])]
+        for choice, found in numbers["baselines"].items()
+    ]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def difficulty_words(numbers: Mapping) -> str:
+    """Say whether harder images get more blocks."""
+    found = numbers.get("difficulty")
+    if not found:
+        return "The difficulty of these images is not known; on R20_SYN it is."
+    if math.isnan(found["rank_correlation"]):
+        return "Every image gets as many blocks, hard or easy."
+    low, high = found["interval"]
+    finding = "more" if low > 0 else "fewer" if high < 0 else "neither more nor fewer"
+    return (
+        f"Harder images get {finding} blocks: the rank correlation of difficulty and blocks kept is "
+        f"{found['rank_correlation']:.3f} (95 % interval {low:.3f} to {high:.3f})."
+    )
+
+
+def readme_table(reports: Sequence[Mapping]) -> str:
+    """Return the README's table: a row per model and network."""
+    columns = ["model", "network", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
+               f"ms per image, batch {'; '.join(compared(reports[0]))}"]  # fmt: skip
+    rows = [
+        [f"`{report['model']}`", plots.NETWORKS[name]["label"], f"{100 * found['accuracy']:.2f}",
+         f"{found['blocks']:.3g} of {report['blocks']}", three_digits(found["flops"] / 1e6),
+         "; ".join(milliseconds(report, size, name, False) or "-" for size in compared(report))]
+        for report in reports
+        for name, found in report["networks"].items()
+    ]  # fmt: skip
+    return markdown_table(columns, rows)
+
+
+def between(text: str, marks: tuple[str, str], table: str) -> str:
+    """Return a text with a table between two marks. ValueError without the marks."""
+    before, after = map(re.escape, marks)
+    whole = f"{marks[0]}\n{table}\n{marks[1]}"
+    text, found = re.subn(f"{before}.*{after}", lambda _: whole, text, flags=re.DOTALL)
+    if not found:
+        raise ValueError(f"the text lacks the lines {marks[0]!r} and {marks[1]!r}")
+    return text
+
+
+def main() -> None:
+    """Bring the README's table and picture up to date with the reports of CPUs in fp32 on all images."""
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").glob("*_cpu.json")]
+    reports.sort(key=lambda report: report["blocks"])
+    readme = ROOT / "README.md"
+    text = between(readme.read_text(encoding="utf-8"), RESULTS, readme_table(reports))
+    with written_whole(readme) as file:
+        file.write(text.encode())
+    plots.use_style()
+    with written_whole(ROOT / "results" / "accuracy_time.png") as file:
+        figure = plots.accuracy_against_time(reports, compared(reports[0]))
+        figure.savefig(file, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Finished stages of the experiment: each is a checkpoint with its history and its lineage."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from models.lab.checkpoints import (
+    load_states,
+    load_weights_to_flatresnet,
+    newest_checkpoint,
+    read_checkpoint,
+    split,
+)
+from models.lab.distributed import first_goes_first
+from models.lab.names import parse_model
+from models.resnet import FlatResNet
+
+SHIPPED = Path(__file__).resolve().parent.parent.parent / "cv"
+
+
+class Stage(NamedTuple):
+    """A finished stage: its checkpoint, what was measured after each epoch, and where it comes from.
+
+    The lineage has an entry for each training on the way to these weights, the oldest first: `stage` (sole,
+    stochastic depth, policy training or finetuning), its own `seconds`, the `machine`s that it ran on, the
+    `weights`' fingerprint and its `settings`. Seconds and weights are None where they are unknown.
+    """
+
+    path: Path | None  # None: torchvision's weights
+    holds: tuple[str, ...]  # networks in the file: resnet, agent
+    history: list[dict]
+    lineage: list[dict]
+
+
+TORCHVISION = Stage(None, (), [], [])
+
+
+def load(path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Module | None = None) -> Stage:
+    """Return the stage that ended in a checkpoint, its weights loaded. Errors as in `load_checkpoint`."""
+    states, rest = split(read_checkpoint(path), path)
+    load_states(states, rest, path, rnet, agent)
+    return Stage(Path(path), tuple(states), rest.get("history", []), _lineage(rest))
+
+
+def load_networks(stage: Stage, rnet: nn.Module, agent: nn.Module) -> None:
+    """Load the networks that a stage's file holds; the others keep the weights they have."""
+    if stage.path is not None:
+        load(stage.path, *(net if name in stage.holds else None for name, net in
+                           (("resnet", rnet), ("agent", agent))))  # fmt: skip
+
+
+def starting_point(
+    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike
+) -> tuple[Stage, Stage | None]:
+    """Return the stage that BlockDrop's training starts from, and the ResNet for a new policy's layers.
+
+    `start_from`: a policy's or pair's file is that stage; a ResNet's file gives layers to a new policy
+    network beside the sole ResNet; "auto": ResNet-8's does, where there is one of the data set; None: new
+    weights. Without policy training, "auto" is the policy trained last. Errors as in `load_checkpoint`.
+    """
+    features = None
+    if start_from not in ("auto", None):
+        given = load(start_from)
+        if "agent" in given.holds:
+            return given, None
+        if not trains_policy:
+            raise ValueError(f"start_from is {start_from}, a ResNet: finetuning alone needs a policy's file")
+        features = given
+    elif not trains_policy:
+        hint = "train a policy first, with max_epochs_training > 0"
+        return load(find(cv_dir, "trained_policy", model, hint)), None
+    elif start_from == "auto" and parse_model(model).dataset != "ImgNet" and parse_model(model).depth > 8:
+        path = find(cv_dir, "trained_rnet", f"R8_{parse_model(model).dataset}")
+        features = load(path) if path else None
+    path = find(cv_dir, "trained_rnet", model, sole_hint(model))
+    return (load(path) if path else TORCHVISION), features
+
+
+def check_images(stage: Stage, max_images: int | None) -> None:
+    """Say so where a stage's training may have seen the images that are held out now."""
+    if any(entry["settings"].get("max_images") != max_images for entry in stage.lineage):
+        print(f"{stage.path} was trained with another max_images: it may have seen images held out now")
+
+
+def sole_hint(model: str) -> str | None:
+    """Return what to do where there is no sole ResNet; None for ImageNet, which has torchvision's."""
+    dataset = parse_model(model).dataset
+    return None if dataset == "ImgNet" else f"run rnet_sole.ipynb with model = {model!r} first"
+
+
+def _lineage(rest: Mapping) -> list[dict]:
+    """Return a checkpoint's lineage; of an older file what it says of it."""
+    if "lineage" in rest:
+        return rest["lineage"]
+    if "seconds" not in rest or not isinstance(rest.get("settings"), Mapping):  # not ours
+        return []
+
+    def entry(stage, seconds, machine, weights, settings):
+        machines = [{"name": name} for name in machine.split("; ")] if machine else []
+        return {"stage": stage, "seconds": seconds, "machine": machines, "weights": weights,
+                "settings": settings}  # fmt: skip
+
+    finetuned = "policy_seconds" in rest
+    stage = rest.get("stage", "finetuning" if finetuned else "sole")
+    entries = [entry(stage, rest["seconds"], rest.get("machine"), None, rest["settings"])]
+    if finetuned:
+        of_policy = entry("policy training", rest["policy_seconds"], rest.get("policy_machine"), None, {})
+        entries.insert(0, of_policy)
+    if stage != "sole":
+        model = {"model": rest["settings"].get("model")}
+        entries.insert(0, entry("sole", None, None, rest.get("sole_resnet"), model))
+    return entries
+
+
+def costs(lineage: Sequence[Mapping], model: str) -> dict[str, float | None]:
+    """Return the seconds of the sole ResNet, of policy training with what it builds on, and of finetuning.
+
+    None where some are unknown, 0 for finetuning that was skipped.
+    """
+    sole = [entry for entry in lineage if entry is sole_entry(lineage, model)]
+    finetuning = [entry for entry in lineage if entry["stage"] == "finetuning"]
+    policy = [entry for entry in lineage if entry not in sole and entry not in finetuning]
+    return {
+        "sole": _seconds(sole) if sole else None,
+        "policy training": _seconds(policy) if policy else None,
+        "finetuning": _seconds(finetuning),
+    }
+
+
+def _seconds(entries: Sequence[Mapping]) -> float | None:
+    taken = [entry["seconds"] for entry in entries]
+    return None if None in taken else sum(taken)
+
+
+def sole_entry(lineage: Sequence[Mapping], model: str) -> Mapping | None:
+    """Return the entry of the sole ResNet of this model name; None where the lineage has none."""
+    found = [e for e in lineage if e["stage"] == "sole" and e["settings"].get("model") == model]
+    return found[-1] if found else None
+
+
+def find(cv_dir: str | os.PathLike, stage: str, model: str, hint: str | None = None) -> Path | None:
+    """Return the newest checkpoint of a stage's folder in `cv_dir`, else in `cv/`, whose weights ship.
+
+    None without one, or with a `hint`, what to do about it, FileNotFoundError.
+    """
+    prefix = "pk_" if stage in ("trained_rnet", "stochastic_depth") else "ckpt_"
+    found = newest_checkpoint(Path(cv_dir, stage, model), prefix)
+    if found is None and (found := newest_checkpoint(SHIPPED / stage / model, prefix)):
+        found = Path(os.path.relpath(found))
+    if found is None and hint:
+        raise FileNotFoundError(f"there is no {prefix}*.t7 in {Path(cv_dir, stage, model)}: {hint}")
+    return found
+
+
+def load_sole(model: str, rnet: FlatResNet, cv_dir: str | os.PathLike = "cv") -> Stage:
+    """Load the sole ResNet's standard weights into `rnet`; return the stage that they come from.
+
+    They are the newest `pk_*.t7` in `<cv_dir>/trained_rnet/<model>/`; for ImgNet without one,
+    torchvision's. Errors as in `utils.get_model`.
+    """
+    path = find(cv_dir, "trained_rnet", model, sole_hint(model))
+    if path is None:
+        load_weights_to_flatresnet(torchvision_weights(f"ResNet{parse_model(model).depth}"), rnet)
+        return TORCHVISION
+    return load(path, rnet)
+
+
+def torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
+    """Fetch torchvision's first ImageNet weights, as the original used, of e.g. `ResNet101`."""
+    weights = torchvision.models.get_model_weights(architecture.lower()).IMAGENET1K_V1
+    kept = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
+    try:
+        with first_goes_first():
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except Exception as error:  # a damaged file fails in torch.load in many ways
+        if kept.exists():
+            raise RuntimeError(
+                f"{kept} is damaged: delete it, and torchvision's {architecture} weights are fetched anew"
+            ) from error
+        raise RuntimeError(
+            f"torchvision's {architecture} weights could not be fetched from {weights.url} "
+            f"({error}): connect to the network, or put that file into {kept.parent}"
+        ) from error

@@ -1,0 +1,71 @@
+"""Standard errors and rank correlations of what was found on images."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BOOTSTRAP_SAMPLES = 1000
+
+
+def standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean of values (N,); nan of a single one."""
+    return values.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def points(hits: Tensor, others: Tensor) -> tuple[float, float]:
+    """Return the difference of two accuracies in points and its standard error; hits: (N,), 1 where right."""
+    differences = 100 * (hits - others)
+    return differences.mean().item(), standard_error(differences)
+
+
+def rank_correlation(x: Tensor, y: Tensor) -> float:
+    """Return Spearman's rank correlation of two series (N,): ties share their mean rank; nan if constant."""
+
+    def ranks(values: Tensor) -> Tensor:
+        _, position, counts = values.unique(return_inverse=True, return_counts=True)
+        return (counts.cumsum(0) - (counts - 1) / 2).double()[position]
+
+    return torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1].item()
+
+
+def correlation_interval(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the rank correlation of two series (N,)."""
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randint(len(x), (BOOTSTRAP_SAMPLES, len(x)), generator=generator)
+    found = torch.tensor([rank_correlation(x[draw], y[draw]) for draw in draws])
+    low, high = found.nanquantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def break_even(levels: Sequence[int], times: Mapping[object, Mapping[str, float]]) -> list[float]:
+    """Return the most blocks that BlockDrop may keep before it is slower, and the range by the quartiles.
+
+    `times`: {"sole", and each number of blocks kept among the rising `levels`: {"seconds", "low", "high"}}.
+    """
+    return [
+        first_crossing(levels, [times[k][ours] for k in levels], times["sole"][its])
+        for ours, its in (("seconds", "seconds"), ("high", "low"), ("low", "high"))
+    ]
+
+
+def saving(times: Mapping[str, Mapping[str, float]]) -> list[float]:
+    """Return the seconds that "blockdrop" saves per image against "sole", least and most by the quartiles."""
+    ours, its = times["blockdrop"], times["sole"]
+    return [its["seconds"] - ours["seconds"], its["low"] - ours["high"], its["high"] - ours["low"]]
+
+
+def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
+    """Return where y, over rising x, first reaches a level: x[0] at once, x[-1] if never.
+
+    Between the points y is a line; where it would fall it stays.
+    """
+    return float(np.interp(level, np.maximum.accumulate(y), x))
+
+
+def spread_evenly(values: Tensor, number: int) -> Tensor:
+    """Return the indices (number,) of values (N,) that lie evenly between low and high ones; shuffled."""
+    evenly = ((torch.arange(number) + 0.5) * len(values) / number).long()
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(0))
+    return values.argsort(stable=True)[evenly][order]
