@@ -1,18 +1,12 @@
-"""What the tests share: the repository's root, the notebooks' algorithm cells, data on hand."""
+"""What the tests share: the repository's root, the notebooks' step functions, data on hand."""
 
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
-import nbformat
 import pytest
-import torch
+from running import ROOT, step_functions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
-
-ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
+sys.path.insert(0, str(ROOT))
 
 
 def pytest_addoption(parser):
@@ -35,20 +29,6 @@ def cifar10():
 
 
 @pytest.fixture(scope="session")
-def compiler():
-    """Nothing; where torch.compile does not work, the test is skipped."""
-    try:
-        utils.compile_calls(torch.nn.ReLU(), torch.device("cpu"))
-    except RuntimeError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="session")
 def algorithm():
-    """What the cells tagged `algorithm` of blockdrop_training.ipynb define, for 4 blocks."""
-    notebook = nbformat.read(ROOT / "blockdrop_training.ipynb", as_version=4)
-    code = notebook.cells[1].source if notebook.cells[1].cell_type == "code" else ""
-    tagged = [c.source for c in notebook.cells if "algorithm" in c.metadata.get("tags", [])]
-    namespace = {"num_blocks": 4, "cl_pace": 1}
-    exec("\n".join([code, *tagged]), namespace)
-    return SimpleNamespace(**{k: v for k, v in namespace.items() if not k.startswith("__")})
+    """The functions of the cells tagged `algorithm` in blockdrop_training.ipynb."""
+    return step_functions("blockdrop_training")

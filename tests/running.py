@@ -1,6 +1,7 @@
-"""How tests and benchmarks run a notebook without a kernel."""
+"""How tests and benchmarks run a notebook without a kernel, or its step functions alone."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -29,3 +30,17 @@ def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()
             if "parameters" in cell.metadata.get("tags", []):
                 variables.update(settings)
     return variables
+
+
+def step_functions(name: str, **replaced: object) -> SimpleNamespace:
+    """Return what a notebook's imports and its cells tagged `algorithm` define, without running the rest.
+
+    `replaced`: functions that the others are to call instead of the notebook's own.
+    """
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    imports = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    tagged = [cell.source for cell in notebook.cells if "algorithm" in cell.metadata.get("tags", [])]
+    variables = {}
+    exec("\n".join([imports, *tagged]), variables)
+    variables.update(replaced)
+    return SimpleNamespace(**{key: value for key, value in variables.items() if not key.startswith("__")})

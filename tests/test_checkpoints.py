@@ -1,108 +1,102 @@
-"""Checkpoints: every format loads, nothing else does, and nothing runs or breaks on the way."""
+"""Checkpoints: every format loads, nothing else does, and no file is lost or half written."""
 
 import argparse
 import collections
+import errno
 import os
-import pickle
-import subprocess
+import signal
+import stat
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import ROOT
 
 import utils
-from models import checkpoints
-from models.resnet import FlatResNet32
+from models.lab import checkpoints, files
+from models.lab.checkpoints import CheckpointError, fingerprint, save_checkpoint
 
 
-@pytest.fixture
-def rnet():
-    torch.manual_seed(1)
-    return utils.build_model("R8_SYN")[0]
+def networks(seed, model="R8_SYN"):
+    torch.manual_seed(seed)
+    return utils.build_model(model)
 
 
-@pytest.fixture
-def agent():
-    torch.manual_seed(2)
-    return utils.build_model("R8_SYN")[1]
+def plain(state):
+    """Return a FlatResNet's state dict under a plain ResNet's names, as from before PyTorch 0.4.1."""
+    named = collections.OrderedDict()
+    for key, value in state.items():
+        if not key.endswith("num_batches_tracked"):
+            first, *rest = key.split(".")
+            name = f"layer{int(rest.pop(0)) + 1}" if first == "blocks" else first
+            named[".".join([name, *rest])] = value
+    return named
 
 
-def other(network):
-    """The same network with other weights."""
-    torch.manual_seed(3)
-    fresh = utils.build_model("R8_SYN")
-    return fresh[0] if isinstance(network, FlatResNet32) else fresh[1]
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
 
 
-def same(a, b):
-    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
-def plain_names(rnet):
-    """The names of a plain ResNet in nn.DataParallel, as the original's files hold them."""
-    state = collections.OrderedDict()
-    for key, value in rnet.state_dict().items():
-        if not key.endswith("num_batches_tracked"):  # these came with PyTorch 0.4.1
-            parts = key.split(".")
-            if parts[0] == "blocks":
-                parts = [f"layer{int(parts[1]) + 1}", *parts[2:]]
-            state[".".join(["module", *parts])] = value
-    return state
-
-
-def cases():
-    yield "ours", lambda r, a: {"resnet": r.state_dict(), "agent": a.state_dict(), "epoch": 3, "acc": 0.5}
-    yield "bare resnet", lambda r, a: r.state_dict()
-    yield "torchvision's names", lambda r, a: {k[7:]: v for k, v in plain_names(r).items()}
-    yield "original's resnet", lambda r, a: {
-        "state_dict": plain_names(r), "args": argparse.Namespace(arch="resnet", lr=0.1), "epoch": 164,
-        "best_epoch": np.int64(160), "acc": np.float64(0.923),
-    }  # fmt: skip
+NUMBERS = {"epoch": 164, "best_epoch": np.int64(160), "acc": np.float64(0.5), "reward": torch.tensor(0.25),
+           "args": argparse.Namespace(arch="resnet", lr=0.1), "curve": np.arange(3.0)}  # fmt: skip
+FORMATS = {
+    "bare": lambda state: state,
+    "a wrapped network's": lambda state: prefixed("module.", state),
+    "a compiled network's": lambda state: prefixed("_orig_mod.", state),
+    "an averaged network's": lambda state: prefixed("module.", state) | {"n_averaged": torch.tensor(3)},
+    "Lightning's": lambda state: {"state_dict": prefixed("model.", state), "loops": {}},
+    "torchvision's script's": lambda state: {"model": state, "optimizer": {"state": {}}, **NUMBERS},
+    "PyTorch's tutorial's": lambda state: {"model_state_dict": state, "loss": 0.5},
+}
+FORMATS_RESNET = FORMATS | {
+    "ours": lambda state: {"resnet": state, "agent": networks(4)[1].state_dict(), "epoch": 3},
+    "torchvision's names": plain,
+    "the original's": lambda state: {"state_dict": prefixed("module.", plain(state)), **NUMBERS},
+}
+FORMATS_POLICY = FORMATS | {
+    "ours": lambda state: {"resnet": networks(4)[0].state_dict(), "agent": state, "epoch": 3},
+    "the original's": lambda state: {"agent": state, **NUMBERS},
+    "the original's first": lambda state: {"net": state | {"features.fc.bias": torch.zeros(10)}},
+}
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
-@pytest.mark.parametrize("content", [c[1] for c in cases()], ids=[c[0] for c in cases()])
-def test_resnet_formats_load(tmp_path, rnet, agent, content, zipped):
-    path = tmp_path / "pk.t7"
-    torch.save(content(rnet, agent), path, _use_new_zipfile_serialization=zipped)
-    loaded = other(rnet)
-    rest = utils.load_checkpoint(path, loaded)
-    assert same(loaded, rnet)
-    assert not any(isinstance(value, (torch.Tensor, np.generic)) for value in rest.values())
+@pytest.mark.parametrize(
+    ("number", "form"), [(0, name) for name in FORMATS_RESNET] + [(1, name) for name in FORMATS_POLICY]
+)
+def test_formats_load(tmp_path, number, form, zipped):
+    trained, loaded = networks(1)[number], networks(3)[number]
+    content = (FORMATS_RESNET, FORMATS_POLICY)[number][form](trained.state_dict())
+    torch.save(content, tmp_path / "a.t7", _use_new_zipfile_serialization=zipped)
+    rest = utils.load_checkpoint(tmp_path / "a.t7", **{("rnet", "agent")[number]: loaded})
+    assert fingerprint(loaded) == fingerprint(trained)
+    if "reward" in content:
+        assert [rest[name] for name in ("best_epoch", "acc", "reward")] == [160, 0.5, 0.25]
+        assert not any(isinstance(value, (torch.Tensor, np.generic)) for value in rest.values())
 
 
-@pytest.mark.parametrize("key", ["agent", "net", None])
-@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before 1.6"])
-def test_policy_formats_load(tmp_path, agent, key, zipped):
-    state = agent.state_dict()
-    if key == "net":
-        state |= {"features.fc.weight": torch.zeros(10, 64), "features.fc.bias": torch.zeros(10)}
-    extra = {"epoch": 7, "reward": torch.tensor(0.25), "acc": np.float32(0.5)}
-    content = {key: state, **extra} if key else state
-    torch.save(content, tmp_path / "ckpt.t7", _use_new_zipfile_serialization=zipped)
-    loaded = other(agent)
-    rest = utils.load_checkpoint(tmp_path / "ckpt.t7", agent=loaded)
-    assert same(loaded, agent)
-    assert rest == ({"epoch": 7, "reward": 0.25, "acc": 0.5} if key else {})
+def test_numpys_numbers_load_under_the_names_of_every_version(tmp_path):
+    path, rnet = tmp_path / "a.t7", networks(1)[0]
+    torch.save({"resnet": rnet.state_dict(), **NUMBERS}, path, _use_new_zipfile_serialization=False)
+    data, (old, new) = path.read_bytes(), (b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n")
+    for name in (old, new):
+        path.write_bytes(data.replace(old, name).replace(new, name))
+        assert utils.load_checkpoint(path, rnet)["acc"] == 0.5
 
 
-def test_cuda_tensors_load_without_cuda(tmp_path, rnet, monkeypatch):
+def test_cuda_tensors_load_without_cuda(tmp_path, monkeypatch):
     """A stream from before 1.6 whose storages say that they were on cuda:0."""
-    original = torch.serialization.location_tag
-    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
-    torch.save({"resnet": rnet.state_dict()}, tmp_path / "a.t7", _use_new_zipfile_serialization=False)
-    monkeypatch.setattr(torch.serialization, "location_tag", original)
+    rnet, loaded = networks(1)[0], networks(3)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"resnet": rnet.state_dict()}, tmp_path / "a.t7", _use_new_zipfile_serialization=False)
     assert b"cuda:0" in (tmp_path / "a.t7").read_bytes()
-    loaded = other(rnet)
     utils.load_checkpoint(tmp_path / "a.t7", loaded)
-    assert same(loaded, rnet)
+    assert fingerprint(loaded) == fingerprint(rnet)
 
 
-def test_torchvision_module_and_state_dict_load(tmp_path):
+def test_torchvisions_module_and_state_dict_load(tmp_path):
     torch.manual_seed(0)
     source = torchvision.models.resnet50(weights=None)
     from_module, _ = utils.build_model("R50_ImgNet")
@@ -110,81 +104,51 @@ def test_torchvision_module_and_state_dict_load(tmp_path):
     torch.save(source.state_dict(), tmp_path / "r50.t7")
     from_file, _ = utils.build_model("R50_ImgNet")
     utils.load_checkpoint(tmp_path / "r50.t7", from_file)
-    assert same(from_module, from_file)
+    assert fingerprint(from_module) == fingerprint(from_file)
     torch.testing.assert_close(from_file.ds[1][0].weight, source.layer2[0].downsample[0].weight)
 
 
-class Attack:
-    """Runs code when it is unpickled by a loader that lets it."""
-
-    def __reduce__(self):
-        return os.system, ("echo attacked > attacked.txt",)
-
-
-def refused(tmp_path, name):
-    """Bytes of files that must not load, by name."""
-    rnet, agent = utils.build_model("R8_SYN")
-    whole = tmp_path / "whole.t7"
-    torch.save({"resnet": rnet.state_dict()}, whole)
-    old = tmp_path / "old.t7"
-    torch.save({"resnet": rnet.state_dict()}, old, _use_new_zipfile_serialization=False)
-    state = rnet.state_dict()
-
-    def saved(content):
-        torch.save(content, tmp_path / "made.t7")
-        return (tmp_path / "made.t7").read_bytes()
-
-    return {
-        "empty": lambda: b"",
-        "text": lambda: b"not a checkpoint at all\n" * 100,
-        "truncated": lambda: whole.read_bytes()[:-2000],
-        "truncated, before 1.6": lambda: old.read_bytes()[:-2000],
-        "a list": lambda: saved([1, 2, 3]),
-        "no weights": lambda: saved({"epoch": 3}),
-        "a policy": lambda: saved({"agent": agent.state_dict()}),
-        "another depth": lambda: saved({"resnet": utils.build_model("R14_SYN")[0].state_dict()}),
-        "another class count": lambda: saved({"resnet": utils.build_model("R8_C100")[0].state_dict()}),
-        "a missing weight": lambda: saved({"resnet": {k: v for k, v in state.items() if k != "fc.bias"}}),
-        "not a tensor": lambda: saved({"resnet": state | {"fc.bias": "text"}}),
-        "NaN": lambda: saved({"resnet": state | {"fc.bias": torch.full((10,), float("nan"))}}),
-        "weights in a list": lambda: saved({"resnet": [1, 2]}),
-        "code, zip": lambda: saved({"resnet": state, "args": Attack()}),
-        "code, plain pickle": lambda: pickle.dumps({"resnet": Attack()}),
-    }[name]()
+R8_C10 = {"model": "R8_C10"}
+REFUSED = {  # what a file holds, given the state dicts of a ResNet and a policy network, and what is said
+    "an empty file": (lambda r, a: b"", "not a PyTorch file"),
+    "a text": (lambda r, a: b"<!DOCTYPE html>" * 100, "not a PyTorch file"),
+    "a list": (lambda r, a: [1, 2, 3], "holds a list, not a "),
+    "no weights": (lambda r, a: {"epoch": 3}, "holds no weights, and a ResNet is needed"),
+    "a policy": (lambda r, a: {"agent": a}, "holds a policy, and a ResNet is needed"),
+    "weights in a list": (lambda r, a: {"resnet": [1, 2]}, "the resnet in .* is not a state dict"),
+    "a number for a weight": (lambda r, a: {"resnet": r | {"fc.bias": 3}}, r"fc\.bias is not a tensor"),
+    "a missing weight": (lambda r, a: {k: r[k] for k in r if k != "fc.bias"}, r"fc\.bias is missing"),
+    "NaN": (lambda r, a: r | {"fc.bias": r["fc.bias"] * float("nan")}, "values that are not finite"),
+    "whole numbers": (lambda r, a: r | {"fc.bias": r["fc.bias"].long()}, r"holds torch\.int64, not"),
+    "another depth": (lambda r, a: networks(0, "R14_SYN")[0].state_dict(), r"2\+2\+2, .*1\+1\+1\)\. Choose"),
+    "other classes": (lambda r, a: networks(0, "R8_C100")[0].state_dict(), r"is \(100, 64\), not"),
+    "another model": (lambda r, a: {"resnet": r, "lineage": [{"settings": R8_C10}]}, r"not as R8_SYN\. Ch"),
+    "another model, older file": (lambda r, a: {"resnet": r, "settings": R8_C10}, "trained as R8_C10, not"),
+    "another classifier": (lambda r, a: {k.replace("fc.", "linear."): r[k] for k in r}, "or named otherwise"),
+    "a whole network": (lambda r, a: networks(0)[0], r"models\.resnet.*Save .* state_dict\(\) "),
+}  # fmt: skip
 
 
-NAMES = (
-    "empty", "text", "truncated", "truncated, before 1.6", "a list", "no weights", "a policy",
-    "another depth", "another class count", "a missing weight", "not a tensor", "NaN",
-    "weights in a list", "code, zip", "code, plain pickle",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_anything_else_is_refused_and_changes_nothing(tmp_path, monkeypatch, rnet, name):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "bad.t7"
-    path.write_bytes(refused(tmp_path, name))
-    before = {key: value.clone() for key, value in rnet.state_dict().items()}
-    with pytest.raises(utils.CheckpointError, match=r"bad\.t7"):
+@pytest.mark.parametrize("name", REFUSED)
+def test_anything_else_is_refused_and_changes_nothing(tmp_path, name):
+    content, message = REFUSED[name]
+    content = content(*(network.state_dict() for network in networks(3)))
+    path, rnet = tmp_path / "bad.t7", networks(1)[0]
+    before = fingerprint(rnet)
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"bad\.t7") as refused:
         utils.load_checkpoint(path, rnet)
-    assert all(torch.equal(before[key], value) for key, value in rnet.state_dict().items())
-    assert not (tmp_path / "attacked.txt").exists()
+    assert refused.match(message) and fingerprint(rnet) == before
 
 
-def test_depths_are_named(tmp_path, rnet):
-    torch.save(utils.build_model("R14_SYN")[0].state_dict(), tmp_path / "a.t7")
-    with pytest.raises(utils.CheckpointError, match=r"file: 2\+2\+2, in the network: 1\+1\+1"):
-        utils.load_checkpoint(tmp_path / "a.t7", rnet)
-
-
-def test_a_bad_half_leaves_the_other_network_alone(tmp_path, rnet, agent):
+def test_a_bad_half_leaves_the_other_network_alone(tmp_path):
+    rnet, agent = networks(1)
     broken = agent.state_dict() | {"vnet.bias": torch.zeros(2)}
-    torch.save({"resnet": other(rnet).state_dict(), "agent": broken}, tmp_path / "pair.t7")
-    before = rnet.fc.weight.clone()
-    with pytest.raises(utils.CheckpointError, match=r"vnet\.bias is \(2,\), not \(1,\)"):
+    torch.save({"resnet": networks(3)[0].state_dict(), "agent": broken}, tmp_path / "pair.t7")
+    before = fingerprint(rnet)
+    with pytest.raises(CheckpointError, match=r"vnet\.bias is \(2,\), not \(1,\)"):
         utils.load_checkpoint(tmp_path / "pair.t7", rnet, agent)
-    assert torch.equal(rnet.fc.weight, before)
+    assert fingerprint(rnet) == before
 
 
 def test_a_missing_file_is_named(tmp_path):
@@ -192,104 +156,77 @@ def test_a_missing_file_is_named(tmp_path):
         utils.load_checkpoint(tmp_path / "none.t7")
 
 
-def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    path = utils.save_checkpoint(tmp_path / "a" / "last.t7", {"epoch": 1})
-
-    def full(state, file):
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.torch, "save", full)
-    with pytest.raises(RuntimeError, match=r"could not write .*last\.t7 .*No space left"):
-        utils.save_checkpoint(path, {"epoch": 2})
-    assert utils.read_checkpoint(path) == {"epoch": 1}
-    assert [p.name for p in path.parent.iterdir()] == ["last.t7"]
-
-
-def test_a_full_disk_keeps_the_old_report(tmp_path, monkeypatch):
-    report = utils.Report(tmp_path, "R8_SYN", "cpu")
-    report.write("old")
-
-    def full(file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoints.os, "fsync", full)
-    with pytest.raises(RuntimeError, match=r"could not write the report .*No space left.*free some space"):
-        report.write("new")
-    assert (tmp_path / "R8_SYN_cpu.md").read_text() == "old\n"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_a_limit_on_the_file_size_is_told_in_the_systems_words(tmp_path):
-    code = f"""
-import resource, signal, torch, utils
-path = utils.save_checkpoint({str(tmp_path / "last.t7")!r}, {{"epoch": 1}})
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    utils.save_checkpoint(path, {{"weights": torch.zeros(1_000_000)}})
-except RuntimeError as error:
-    print(error)
-print(utils.read_checkpoint(path), len(list(path.parent.iterdir())))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "File too large" in done.stdout and "could not write" in done.stdout
-    assert done.stdout.splitlines()[-1] == "{'epoch': 1} 1"
-
-
-def test_weights_of_another_model_are_refused(tmp_path, rnet):
-    content = {"resnet": rnet.state_dict(), "settings": {"model": "R8_C10"}}
-    path = utils.save_checkpoint(tmp_path / "a.t7", content)
-    with pytest.raises(utils.CheckpointError, match=r"was trained as R8_C10, not as R8_SYN\. Choose"):
-        utils.load_checkpoint(path, rnet)
-
-
-def test_settings_of_a_foreign_file_are_left_out(tmp_path, rnet):
-    path = utils.save_checkpoint(tmp_path / "a.t7", {"resnet": rnet.state_dict(), "settings": [1, 2]})
-    assert utils.load_checkpoint(path, rnet) == {}
-
-
-def test_a_deeper_resnet_is_not_cut_to_fit():
-    deep, shallow = utils.build_model("R14_SYN")[0], utils.build_model("R8_SYN")[0]
-    with pytest.raises(utils.CheckpointError, match="has no place in the network"):
-        utils.load_weights_to_flatresnet(deep, shallow)
-
-
-def test_a_policy_networks_layers_can_come_from_a_resnet(agent, tmp_path):
-    deeper, other_policy = utils.build_model("R20_SYN")
-    torch.save({"resnet": deeper.state_dict(), "seconds": 2.0}, tmp_path / "a")
+def test_a_policy_networks_layers_can_come_from_a_resnet(tmp_path):
+    (_, agent), (deeper, policy) = networks(1), networks(3, "R20_SYN")
+    save_checkpoint(tmp_path / "a", {"resnet": deeper.state_dict()})
     head = agent.logit.weight.clone()
-    utils.load_features(tmp_path / "a", agent)
+    checkpoints.load_features(tmp_path / "a", agent)
     source, layers = deeper.state_dict(), agent.features.state_dict()
     assert layers and all(torch.equal(value, source[key]) for key, value in layers.items())
     assert torch.equal(agent.logit.weight, head)
 
-    torch.save({"agent": other_policy.state_dict()}, tmp_path / "policy")
-    with pytest.raises(utils.CheckpointError, match="policy holds no ResNet: name a sole ResNet's file"):
-        utils.load_features(tmp_path / "policy", agent)
+    before = fingerprint(agent)
+    save_checkpoint(tmp_path / "policy", {"agent": policy.state_dict()})
+    with pytest.raises(CheckpointError, match="policy holds no ResNet"):
+        checkpoints.load_features(tmp_path / "policy", agent)
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "foreign")
-    with pytest.raises(
-        utils.CheckpointError, match=r"the ResNet in .*foreign does not .* Name a file of ResNet-8"
-    ):
-        utils.load_features(tmp_path / "foreign", agent)
-    assert all(torch.equal(value, source[key]) for key, value in agent.features.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"the ResNet in .*foreign does not .* ResNet-8"):
+        checkpoints.load_features(tmp_path / "foreign", agent)
+    assert fingerprint(agent) == before
 
 
-def test_features_come_from_the_resnet8_of_the_same_data(tmp_path):
-    assert utils.find_features("R20_SYN", tmp_path) is None
-    for name in ("R8_SYN", "R8_C10", "R14_C100"):
-        utils.save_checkpoint(tmp_path / "trained_rnet" / name / "pk_E_1_A_0.5.t7", {"acc": 0.5})
-    for model, expected in (("R20_SYN", "R8_SYN"), ("R32_C10", "R8_C10")):
-        assert utils.find_features(model, tmp_path).parent.name == expected
-    assert all(utils.find_features(model, tmp_path) is None for model in ("R8_SYN", "R20_C100", "R50_ImgNet"))
+def test_a_limit_on_the_file_size_is_reported_in_the_systems_words(tmp_path):
+    resource = pytest.importorskip("resource")
+    path = save_checkpoint(tmp_path / "last.t7", {"epoch": 1})
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RuntimeError, match=r"could not write .*File too large"):
+            save_checkpoint(path, {"weights": torch.zeros(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.read_checkpoint(path) == {"epoch": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_the_newest_checkpoint_is_found(tmp_path):
-    for age, name in enumerate(("pk_E_9_A_0.9.t7", "pk_E_1_A_0.1.t7")):
-        (tmp_path / name).touch()
-        os.utime(tmp_path / name, (age, age))
-    assert utils.newest_checkpoint(tmp_path, "pk_").name == "pk_E_1_A_0.1.t7"
-    assert utils.newest_checkpoint(tmp_path, "ckpt_") is None
-    with pytest.raises(FileNotFoundError, match=r"no ckpt_\*\.t7 in .*: train first"):
-        utils.newest_checkpoint(tmp_path, "ckpt_", "train first")
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "free some space"), (errno.EDQUOT, "quota"), (errno.EROFS, "can only be read"),
+        (errno.ENOTDIR, "a file stands where a folder"), (errno.EEXIST, "a file stands where a folder"),
+        (errno.EISDIR, "a folder stands where a file"), (errno.ENAMETOOLONG, "shorter path"),
+        (errno.ENOLCK, "choose another folder"), (errno.EACCES, "ask for permission"),
+    ],
+)  # fmt: skip
+def test_advice_fits_the_error(tmp_path, number, says):
+    found = files.advice(OSError(number, "..."), tmp_path / "not there" / "a.t7")
+    assert says in found and (number == errno.ENOSPC or "free some space" not in found or "quota" in found)
+    assert number != errno.EACCES or f"only {tmp_path.owner()}, who owns {tmp_path}" in found
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file modes are POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664), (0o077, 0o600)])
+def test_files_have_the_mode_that_the_umask_says(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        path = save_checkpoint(tmp_path / "a.t7", {"epoch": 1})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"),
+    [
+        ({"epoch": 9}, {"epoch": 10}), ({"epoch": torch.tensor(9)}, {"epoch": np.int64(10)}),
+        ({"epoch": 9, "saved": 1.0}, {"epoch": 1, "saved": 2.0}), ({"epoch": 99}, {"epoch": 1, "saved": 1.0}),
+        ({"epoch": "nine"}, {"epoch": 1}),
+    ],
+)  # fmt: skip
+def test_the_newest_checkpoint_is_the_one_that_says_so(tmp_path, older, newer):
+    """Not by the time of the file, which a copy changes."""
+    for name, content, time in (("pk_E_9.t7", older, 2), ("pk_E_10.t7", newer, 1)):
+        torch.save(content, tmp_path / name)
+        os.utime(tmp_path / name, (time, time))
+    assert checkpoints.newest_checkpoint(tmp_path, "pk_").name == "pk_E_10.t7"
+    assert checkpoints.newest_checkpoint(tmp_path, "ckpt_") is None

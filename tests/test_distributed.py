@@ -1,7 +1,6 @@
 """Several processes train as one does: the exported notebooks under torchrun, on CPUs."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -9,110 +8,100 @@ import nbconvert
 import papermill
 import pytest
 import torch
-from conftest import ROOT
+from running import ROOT, run_cells
 
-import utils
+from models.lab.checkpoints import read_checkpoint
+from models.lab.timing import same_machine
+from models.lab.training import Training
 
-SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32}
+SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32,
+         "data_dir": str(ROOT / "data")}  # fmt: skip
 SOLE = SMALL | {"epochs": 3, "small_crops": 0.5}
 BLOCKDROP = SMALL | {
-    "max_epochs_stochastic_depth": 1,
-    "max_epochs_training": 2,
-    "max_epochs_finetuning": 3,
-    "cl_pace": 2,
+    "max_epochs_stochastic_depth": 1, "max_epochs_training": 2, "max_epochs_finetuning": 3, "curriculum": 2,
+    "averaging": 0.67, "lr_policy": [1e-4, 1e-5], "alpha": 0.95, "temperature": 1,
     "penalty": -1,  # a harder one makes a larger loss, and a noisier one
-    "penalty_finetuning": -1,
-    "lr": 1e-4,
-    "lr_finetuning": 1e-5,
-    "alpha_finetuning": 0.95,
-    "temperature": 1,
-    "temperature_finetuning": 1,
-    "warmup_rnet": 0.3,
-    "averaging": 0.67,
-}
+}  # fmt: skip
 REPORT = """
-with open(f"weights-{os.environ.get('RANK', 0)}.txt", "w") as file:
-    file.write(utils.fingerprint(*(globals()[name] for name in ("rnet", "agent") if name in globals())))
+import os
+from models.lab.checkpoints import fingerprint
+with open(f"weights-{os.environ['RANK']}.txt", "w") as file:
+    file.write(fingerprint(*(globals()[name] for name in ("rnet", "agent") if name in globals())))
 """
-# The last process dies in the second epoch.
+# The second process dies in the second epoch.
 DIES = """
+import os
+from models.lab.training import Training
 def dies(self, *args):
-    if self.epoch == 1 and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+    if self.epoch == 1 and os.environ["RANK"] == "1":
         os._exit(3)
     return mean_loss(self, *args)
-
-mean_loss, utils.TrainingRun.mean_loss = utils.TrainingRun.mean_loss, dies
+mean_loss, Training.mean_loss = Training.mean_loss, dies
 """
 # The second of two processes raises an error, while the first waits for it.
 RAISES = """
 import torch
-import utils
-
-utils.join_processes(torch.device("cpu"))
-if torch.distributed.get_rank() == 1:
+from models.lab.distributed import join_processes, rank, wait_for_all
+join_processes(torch.device("cpu"))
+if rank() == 1:
     raise ValueError("on purpose")
-torch.distributed.barrier()
+wait_for_all()
 """
 # A finetuning in little. Batch norm in eval mode: only the gradients' average can make a difference. The
 # last batch has three images, which two processes share unevenly.
 STEPS = """
-import sys
 import torch
-import torch.nn.functional as F
 import utils
-from models.distributed import gathered, num_processes, rank
-from models.policy import greedy_policy
+from models.lab.checkpoints import save_checkpoint
+from models.lab.data import Loader
+from models.lab.device import seed_everything
+from models.lab.distributed import gathered, join_processes, num_processes, rank
+from models.lab.training import Training
+from running import ROOT, step_functions
 
-utils.join_processes(torch.device("cpu"))
-trainset, _ = utils.get_dataset("R8_SYN", sys.argv[1], 83)
-loader = utils.Loader(trainset, 16, "cpu", shuffle=True)
-utils.seed_everything(1)
-rnet, agent = utils.build_model("R8_SYN")
-rnet_parallel, agent_parallel = utils.parallel(rnet.eval()), utils.parallel(agent.eval())
-optimizer = torch.optim.SGD([*rnet.parameters(), *agent.parameters()], 0.01)
-run = utils.TrainingRun(f"run{num_processes()}", {"seed": 1}, {"resnet": rnet, "agent": agent}, {}, 1, "")
-losses, policies, rewards, matches = [], [], [], []
-for epoch in run:
-    drawn = gathered(torch.rand(1))
-    for inputs, targets in run.batches(loader):
-        probs = agent_parallel(inputs)[0]
-        policy = greedy_policy(probs)
-        first = torch.full((len(inputs),), rank()) if num_processes() > 1 else torch.arange(len(inputs)) % 2
-        policy[:, 0] = first  # a block that the first process's images drop, and the second one's keep
-        logits = rnet_parallel(inputs, policy, True)
-        advantage = targets / 9 - 0.5
-        loss = F.cross_entropy(logits, targets) - (probs.log() * advantage[:, None]).sum(1).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach() * len(targets))
-        policies.append(policy)
-        rewards.append(targets.float())
-        matches.append(logits.argmax(1) == targets)
-    *stats, policy_set = utils.performance_stats(policies, rewards, matches)
-    state = {"resnet": rnet.state_dict(), "agent": agent.state_dict(), "loss": run.mean_loss(losses, loader)}
-    utils.save_checkpoint("steps.t7", state | {"stats": stats, "set": sorted(policy_set), "drawn": drawn})
+def not_greedy(explored):
+    policy = (explored < 0.5).float()
+    # A block that the first process's images drop, and the second one's keep.
+    policy[:, 0] = rank() if num_processes() > 1 else torch.arange(len(policy)) % 2
+    return policy
+
+join_processes(torch.device("cpu"))
+steps = step_functions("blockdrop_training", sample=not_greedy)
+loader = Loader(utils.get_dataset("R8_SYN", ROOT / "data", 83)[0], 16, "cpu", shuffle=True)
+seed_everything(1)
+rnet, agent = (network.eval() for network in utils.build_model("R8_SYN"))
+optimizers = steps.sgd(rnet, 0.1, 6)[0], torch.optim.SGD(agent.parameters(), 0.01)
+sampling = {"penalty": -1, "alpha": 0.9, "temperature": 1, "beta": 0}
+networks = {"resnet": rnet, "agent": agent}
+training = Training("finetuning", f"run{num_processes()}", {"seed": 1}, networks, {}, 1, str)
+for epoch in training:
+    drawn, losses, outcomes = gathered(torch.rand(1)), [], []
+    for images, labels in training.batches(loader, losses):
+        loss, outcome = steps.finetuning_step(rnet, agent, optimizers, images, labels, "fp32", True, sampling)
+        losses.append(loss * len(labels))
+        outcomes.append(outcome)
+    *stats, policies = utils.performance_stats(*zip(*outcomes))
+    state = {"loss": training.mean_loss(losses, loader), "stats": stats, "policies": sorted(policies)}
+    state |= {name: network.state_dict() for name, network in networks.items()}
+    save_checkpoint("steps.t7", state | {"drawn": drawn})
 """
 
 
-def launch(script, folder, processes, *more):
-    """Run a script under torchrun; return its exit status and what it printed, errors included."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def launch(script, folder):
+    """Run a script by two processes; return its exit status and what it printed, errors included."""
+    (folder / "script.py").write_text(script)
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*torchrun, "--nproc_per_node", str(processes), script, *more],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-    )
+        [*torchrun, "script.py"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        timeout=600, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
+    )  # fmt: skip
     return done.returncode, done.stdout
 
 
 def export(name, folder, settings):
-    """Write a notebook as a script, as the README says."""
-    settings = settings | {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")}
+    """Return a notebook as a script, exported as the README says."""
+    settings = settings | {"cv_dir": str(folder / "cv")}
     notebook = papermill.execute_notebook(
         ROOT / f"{name}.ipynb", folder / "out.ipynb", settings, prepare_only=True, progress_bar=False
     )
@@ -120,99 +109,88 @@ def export(name, folder, settings):
     return script
 
 
-def train(name, folder, settings, processes):
-    """Train a notebook by so many processes; return what it printed."""
-    (folder / "out.py").write_text("import os\n" + export(name, folder, settings) + REPORT)
-    status, printed = launch("out.py", folder, processes)
+def train_by_two(name, folder, settings):
+    """Train a notebook by two processes, which end with the same weights; return what they printed."""
+    status, printed = launch(export(name, folder, settings) + REPORT, folder)
     assert status == 0 and "Warning" not in printed, printed
+    first, second = [file.read_text() for file in folder.glob("weights-*")]
+    assert first == second
     return printed
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Both training notebooks, trained by one process and by two."""
-    folders = {n: tmp_path_factory.mktemp(f"by_{n}") for n in (1, 2)}
-    for processes, folder in folders.items():
-        train("rnet_sole", folder, SOLE, processes)
-        weights = [file.read_text() for file in folder.glob("weights-*")]
-        assert len(weights) == processes and len(set(weights)) == 1
-    for processes, folder in folders.items():
-        printed = train("blockdrop_training", folder, BLOCKDROP, processes)
-        weights = [file.read_text() for file in folder.glob("weights-*")]
-        assert len(weights) == processes and len(set(weights)) == 1
-        assert printed.count("TS - ") == 2  # one process prints
-    return folders
+def train_by_one(name, folder, settings):
+    run_cells(name, settings | {"cv_dir": str(folder / "cv")})
 
 
-def history(folder, stage):
-    return utils.read_checkpoint(folder / "cv" / stage / "R8_SYN" / "last.t7")["history"]
+def last(folder, stage):
+    return read_checkpoint(folder / "cv" / stage / "R8_SYN" / "last.t7")
 
 
-def test_two_processes_train_as_one_does(folders):
+def test_two_processes_train_as_one_does(at_root, tmp_path):
     """Batch norm sees half the batch, and policies are sampled otherwise: close, and not the same."""
-    for stage, tolerances in (
-        ("trained_rnet", {"loss": 0.1}),
-        ("stochastic_depth", {"loss": 0.1}),
-        ("trained_policy", {"loss": 0.1, "val_probs": 0.05}),
-        ("finetuned", {"loss": 0.2, "val_probs": 0.05}),
-    ):
-        one, two = (history(folders[n], stage) for n in (1, 2))
-        for name, tolerance in tolerances.items():
-            expected, found = (torch.tensor([row[name] for row in rows]) for rows in (one, two))
-            assert (found - expected).abs().max() < tolerance, f"{stage}, {name}"
+    one, two = tmp_path / "one", tmp_path / "two"
+    two.mkdir()
+    for name, settings in (("rnet_sole", SOLE), ("blockdrop_training", BLOCKDROP)):
+        train_by_one(name, one, settings)
+        printed = train_by_two(name, two, settings)
+    assert printed.count("TS - ") == 2  # one process prints
+    for stage, figure, tolerance in (
+        ("trained_rnet", "loss", 0.1), ("stochastic_depth", "loss", 0.1),
+        ("trained_policy", "val_probs", 0.05), ("finetuned", "val_probs", 0.05),
+        ("trained_policy", "loss", 0.5), ("finetuned", "loss", 0.5),  # 288 sampled policies: a noisy loss
+    ):  # fmt: skip
+        expected, found = (
+            torch.tensor([row[figure] for row in last(folder, stage)["history"]]) for folder in (one, two)
+        )
+        assert (found - expected).abs().max() < tolerance, f"{stage}, {figure}"
 
 
-def test_gradients_and_statistics_are_the_whole_batchs(tmp_path):
+def test_gradients_and_statistics_are_the_whole_batchs(tmp_path, monkeypatch):
     """Without batch norm's statistics, two processes take the steps of one."""
-    (tmp_path / "steps.py").write_text(STEPS)
-    found = []
-    for processes in (1, 2):
-        status, printed = launch("steps.py", tmp_path, processes, str(ROOT / "data"))
-        assert status == 0, printed
-        found.append(utils.read_checkpoint(tmp_path / "steps.t7"))
-    one, two = found
+    monkeypatch.chdir(tmp_path)
+    exec(STEPS, {})
+    one = read_checkpoint("steps.t7")
+    status, printed = launch(STEPS, tmp_path)
+    assert status == 0, printed
+    two = read_checkpoint("steps.t7")
     for name in ("loss", "stats", "resnet", "agent"):
         torch.testing.assert_close(two[name], one[name])
-    assert two["set"] == one["set"]
+    assert two["policies"] == one["policies"]
     assert len(two["drawn"].unique()) == 2  # each draws policies of its own
 
 
-def test_an_error_ends_the_run_and_is_told(tmp_path):
-    (tmp_path / "raises.py").write_text(RAISES)
-    status, printed = launch("raises.py", tmp_path, 2)
+def test_an_error_ends_the_run_and_is_reported(tmp_path):
+    status, printed = launch(RAISES, tmp_path)
     assert status != 0 and "ValueError: on purpose" in printed
 
 
-def test_an_error_that_all_have_is_told_once(tmp_path):
-    (tmp_path / "out.py").write_text(export("rnet_sole", tmp_path, SOLE | {"batch_size": 33}))
-    status, printed = launch("out.py", tmp_path, 2)
+def test_an_error_that_all_have_is_reported_once(tmp_path):
+    status, printed = launch(export("rnet_sole", tmp_path, SOLE | {"batch_size": 33}), tmp_path)
     sentence = "ValueError: batch_size is 33, which 2 processes can't share evenly"
     assert status != 0 and printed.count(sentence) == 1
 
 
-def die(name, folder, settings, processes):
-    """Train a notebook by so many processes until the last one dies; return what they printed."""
-    script = export(name, folder, settings)
-    (folder / "out.py").write_text(
-        "import os\n" + script.replace("import utils\n", "import utils\n" + DIES, 1)
-    )
-    status, printed = launch("out.py", folder, processes)
-    assert status != 0
-    return printed
+def test_a_death_ends_the_run_and_one_process_goes_on(at_root, tmp_path, capsys):
+    status, printed = launch(DIES + export("rnet_sole", tmp_path, SOLE), tmp_path)
+    assert status != 0 and "Epoch: 0 - " in printed and "Epoch: 1 - " not in printed
+    train_by_one("rnet_sole", tmp_path, SOLE)
+    assert "1 epochs done, 2 to go" in capsys.readouterr().out
+    two, one = last(tmp_path, "trained_rnet")["lineage"][-1]["machine"]
+    assert two["processes"] == 2 and "processes" not in one
+    assert same_machine(two, two) and not same_machine(two, one)
+    assert not same_machine(two, two | {"processes": 4})
 
 
-def test_a_death_ends_the_run_and_fewer_processes_go_on(tmp_path):
-    printed = die("rnet_sole", tmp_path, SOLE, 2)
-    assert "Epoch: 0 - " in printed and "Epoch: 1 - " not in printed
-    assert "1 epochs done, 2 to go" in train("rnet_sole", tmp_path, SOLE, 1)
-    two, one = utils.read_checkpoint(tmp_path / "cv/trained_rnet/R8_SYN/last.t7")["machine"].split("; ")
-    assert two == f"2 x {one}"
+def test_finetuning_goes_on_with_more_processes(at_root, tmp_path, monkeypatch):
+    def dies(self, *args):
+        if self.epoch == 1:
+            raise KeyboardInterrupt
+        return mean_loss(self, *args)
 
-
-def test_finetuning_goes_on_with_more_processes(folders, tmp_path):
-    shutil.copytree(folders[1] / "cv" / "trained_rnet", tmp_path / "cv" / "trained_rnet")
-    settings = BLOCKDROP | {"max_epochs_stochastic_depth": 0, "max_epochs_training": 1, "cl_pace": 3}
-    die("blockdrop_training", tmp_path, settings, 1)
-    assert "1 epochs done, 2 to go" in train("blockdrop_training", tmp_path, settings, 2)
-    assert len(history(tmp_path, "finetuned")) == 3
-    assert len({file.read_text() for file in tmp_path.glob("weights-*")}) == 1
+    mean_loss = Training.mean_loss
+    settings = BLOCKDROP | {"max_epochs_stochastic_depth": 0, "max_epochs_training": 1, "curriculum": 1}
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Training, "mean_loss", dies)
+        train_by_one("blockdrop_training", tmp_path, settings)
+    assert "1 epochs done, 2 to go" in train_by_two("blockdrop_training", tmp_path, settings)
+    assert len(last(tmp_path, "finetuned")["history"]) == 3

@@ -1,7 +1,6 @@
-"""The notebooks in a real JupyterLab, in headless Chromium, in its light and its dark theme.
+"""Notebooks in JupyterLab, light and dark, in headless Chromium: pytest --browser tests/test_jupyterlab.py
 
-`pytest tests/test_jupyterlab.py --browser` needs Chromium on the path and `pip install playwright`. It
-leaves a picture of every notebook; the folder is printed with `-s`.
+Needs Chromium on the path and `pip install playwright`; `-s` prints where a picture of every notebook lies.
 """
 
 import json
@@ -17,7 +16,7 @@ from conftest import NOTEBOOKS, ROOT
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE
 
 AFRESH = {"resume": False}  # the second theme trains again
-SETTINGS = dict(zip(NOTEBOOKS, (SOLE | AFRESH, BLOCKDROP | AFRESH, INFERENCE), strict=True))
+SETTINGS = (SOLE | AFRESH, BLOCKDROP | AFRESH, INFERENCE)
 MINUTE = 60_000  # milliseconds
 
 
@@ -39,13 +38,12 @@ def chromium(request):
 def folder(chromium, tmp_path_factory):
     """The project, its notebooks with small settings and without outputs."""
     folder = tmp_path_factory.mktemp("lab") / "project"
-    shutil.copytree(ROOT / "models", folder / "models")
-    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("cifar*"))
+    for part in ("models", "data/syn-v1", "results/recipes"):
+        shutil.copytree(ROOT / part, folder / part)
     shutil.copy(ROOT / "utils.py", folder)
-    for name, settings in SETTINGS.items():
-        papermill.execute_notebook(
-            ROOT / f"{name}.ipynb", folder / f"{name}.ipynb", parameters=settings, prepare_only=True
-        )
+    for name, settings in zip(NOTEBOOKS, SETTINGS, strict=True):
+        file = f"{name}.ipynb"
+        papermill.execute_notebook(ROOT / file, folder / file, parameters=settings, prepare_only=True)
     return folder
 
 
@@ -81,20 +79,15 @@ def test_run_all(lab, chromium, folder):
     """Every notebook, by the menu's Run All: no error, no warning, bars and sliders drawn."""
     address, theme = lab
     for name in NOTEBOOKS:
-        page = chromium.new_page(viewport={"width": 1200, "height": 1000})
+        page = chromium.new_page(viewport={"width": 1200, "height": 16_000})  # all of the notebook
         page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=MINUTE)
         page.get_by_text("| Idle", exact=False).first.wait_for(timeout=MINUTE)
         page.get_by_role("menuitem", name="Run", exact=True).click()
         page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
         cells = page.locator(".jp-CodeCell")
-        last = cells.last.locator(".jp-InputPrompt")
-        number = cells.count()
-        page.wait_for_function(
-            "([prompt, number]) => prompt.textContent.includes(`[${number}]`)",
-            arg=[last.element_handle(), number],
-            timeout=5 * MINUTE,
-        )
+        last = cells.last.locator(".jp-InputPrompt").filter(has_text=f"[{cells.count()}]")
+        last.wait_for(timeout=5 * MINUTE)
         page.wait_for_timeout(2000)  # the last widgets are drawn
         assert page.locator("body").get_attribute("data-jp-theme-light") == str("Light" in theme).lower()
         output = page.locator(".jp-OutputArea-output")
@@ -111,10 +104,6 @@ def test_run_all(lab, chromium, folder):
             box.press("Enter")
             page.get_by_text("there is no image file none.png").wait_for(timeout=MINUTE)
         picture = folder.parent / f"{name} {theme}.png"
-        height = page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollHeight")
-        page.set_viewport_size({"width": 1200, "height": min(height + 200, 16_000)})
-        page.evaluate("document.querySelector('.jp-WindowedPanel-outer').scrollTop = 0")
-        page.wait_for_timeout(1000)
         page.screenshot(path=picture)
         print(picture)
         page.close()

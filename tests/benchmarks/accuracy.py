@@ -1,91 +1,72 @@
 """Train as the notebook does and by the plain loop: the same accuracy and blocks?
 
-    python tests/compare_training.py --model R20_SYN --seeds 0 1 2
+    python tests/benchmarks/accuracy.py --model R20_SYN --seeds 0 1 2
 
-The plain loop: fp32, images augmented one by one in DataLoader workers, the frozen ResNet masked, every
-block of it computed for both policies; in finetuning every block for every image, too. Both run
-blockdrop_training.ipynb's cells, policy training and finetuning, from the ResNet in cv/trained_rnet/ and,
-where it lies there, the ResNet-8 of the data set; without stochastic depth. Printed are the figures on the
-held-out images, and the mean differences with their standard errors.
+Ours runs blockdrop_training.ipynb, policy training and finetuning without stochastic depth. The plain loop
+takes the notebook's steps from the same weights with the same settings, but in fp32, on images augmented one
+by one in DataLoader workers, and every block of the ResNet is computed for every image. Printed are the
+figures on the held-out images, and the mean differences with their standard errors.
 """
 
 import argparse
 import contextlib
-import copy
 import io
-import math
-import shutil
-import sys
 import tempfile
-from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark_training import OneByOne
+from common import plain_loader
 from running import run_cells
 
-import utils
-from models import inference
-from models.data import Loader
+from models.lab.device import seed_everything
+from models.lab.statistics import standard_error
+from models.lab.training import one_cycle
 
 
-class Masked:
-    """Stands in for a `models.inference.Prepared`: every block is computed, none is shared."""
-
-    def __init__(self, rnet, agent=None, precision="fp32", device=None):
-        self.rnet = copy.deepcopy(rnet).eval()
-
-    def __call__(self, x, policy):
-        return self.rnet(x, policy)
-
-    def under_each(self, x, policies):
-        return [self.rnet(x, policy) for policy in policies]
-
-
-class PlainLoader(torch.utils.data.DataLoader):
-    """Stands in for a `utils.Loader` on the CPU: images augmented one by one in worker processes."""
-
-    def __init__(self, dataset, batch_size, device, shuffle=False, workers=0):
-        self.num_images = len(dataset)
-        super().__init__(OneByOne(dataset), batch_size, shuffle, num_workers=2, generator=torch.Generator())
-
-
-def plain_or_ours(dataset, batch_size, device, shuffle=False, workers=0):
-    """Return the plain loader for training, ours for tests."""
-    kind = PlainLoader if shuffle else Loader
-    return kind(dataset, batch_size, device, shuffle, workers)
-
-
-def held_out(args, seed: int, plain: bool) -> dict[str, float]:
-    """Train with a seed; return the last epochs' figures on the held-out images."""
-    cl_pace = math.ceil(utils.build_model(args.model)[0].num_blocks / args.epochs)
+def train_ours(args, seed: int, cv_dir: str) -> SimpleNamespace:
+    """Run the notebook; return the variables that it leaves."""
     settings = {
         "model": args.model, "batch_size": args.batch_size, "max_images": args.max_images, "seed": seed,
-        "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "cl_pace": cl_pace,
-        "max_epochs_stochastic_depth": 0, "device": "cpu", "warmup_rnet": 0.3, "results_dir": "none",
+        "max_epochs_training": args.epochs, "max_epochs_finetuning": args.epochs, "curriculum": args.epochs,
+        "max_epochs_stochastic_depth": 0, "device": "cpu", "cv_dir": cv_dir,
     }  # fmt: skip
-    with contextlib.ExitStack() as stack:
-        cv_dir = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        for name in (args.model, f"R8_{utils.parse_model(args.model).dataset}"):
-            if (weights := Path("cv/trained_rnet", name)).exists():
-                shutil.copytree(weights, cv_dir / "trained_rnet" / name, dirs_exist_ok=True)
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        if plain:
-            settings |= {"precision": "fp32", "skip_dropped": False}
-            stack.enter_context(mock.patch.object(inference, "prepare", Masked))
-            stack.enter_context(mock.patch.object(utils, "Loader", plain_or_ours))
-        found = run_cells("blockdrop_training", settings | {"cv_dir": str(cv_dir)})
-    stages = {"policy training": found["policy_history"], "finetuning": found["finetuning_history"]}
-    return {
-        f"{stage}: {name}": history[-1][f"val_{key}"] * scale
-        for stage, history in stages.items()
-        for name, key, scale in (("accuracy (%)", "accuracy", 100), ("blocks", "sparsity", 1))
-    }
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return SimpleNamespace(**run_cells("blockdrop_training", settings))
+
+
+def train_plain(args, seed: int, nb: SimpleNamespace) -> dict[str, dict[str, float]]:
+    """Train by the plain loop with the settings and functions of the notebook; return the last figures."""
+    sampling = [
+        {"penalty": nb.penalty[i], "alpha": nb.alpha[i], "temperature": nb.temperature[i], "beta": beta}
+        for i, beta in enumerate((nb.beta, 0))
+    ]
+    rnet, agent = nb.networks_of(nb.start, nb.features, nb.model, nb.device, nb.cv_dir, seed)
+    loader = plain_loader(nb.trainset, args.batch_size)
+    seed_everything(seed, 1)
+    optimizer, figures = torch.optim.Adam(agent.parameters(), nb.lr_policy[0]), {}
+    for epoch in range(args.epochs):
+        cl_step = nb.decided_blocks(epoch, args.epochs, nb.num_blocks)
+        rnet.eval()
+        agent.train()
+        for images, labels in loader:
+            nb.policy_step(agent, rnet, optimizer, images, labels, "fp32", cl_step, sampling[0])
+    figures["policy training"] = nb.evaluate(rnet, agent, nb.valloader, "fp32", nb.penalty[0], nb.num_blocks)
+
+    steps = args.epochs * len(loader)
+    optimizer_rnet, scheduler_rnet = nb.sgd(rnet, nb.lr_rnet, steps)
+    optimizers = (optimizer_rnet, torch.optim.Adam(agent.parameters(), nb.lr_policy[1]))
+    scheduler_agent = one_cycle(optimizers[1], nb.lr_policy[1], steps, nb.WARMUP_POLICY)
+    for _ in range(args.epochs):
+        rnet.train()
+        agent.train()
+        for images, labels in loader:
+            nb.finetuning_step(rnet, agent, optimizers, images, labels, "fp32", False, sampling[1])
+            scheduler_rnet.step()
+            scheduler_agent.step()
+    figures["finetuning"] = nb.evaluate(rnet, agent, nb.valloader, "fp32", nb.penalty[1], nb.num_blocks)
+    return {stage: nb.figures(stats, "val_") for stage, (stats, _) in figures.items()}
 
 
 def main() -> None:
@@ -99,13 +80,26 @@ def main() -> None:
     matplotlib.use("agg")
     found = {way: [] for way in ("plain", "ours")}
     for seed in args.seeds:
+        with tempfile.TemporaryDirectory() as cv_dir:
+            nb = train_ours(args, seed, cv_dir)
+            rows = {
+                "ours": {
+                    "policy training": nb.policy_training.history[-1],
+                    "finetuning": nb.finetuning.history[-1],
+                },
+                "plain": train_plain(args, seed, nb),
+            }
         for way, runs in found.items():
-            runs.append(held_out(args, seed, plain=way == "plain"))
+            runs.append({
+                f"{stage}: {name}": row[key] * scale
+                for stage, row in rows[way].items()
+                for name, key, scale in (("accuracy (%)", "val_accuracy", 100), ("blocks", "val_sparsity", 1))
+            })  # fmt: skip
             print(f"seed {seed}, {way}:", ", ".join(f"{k} {v:.2f}" for k, v in runs[-1].items()), flush=True)
     print(f"{args.model}, {args.epochs} epochs a stage, ours minus plain: mean and standard error")
     for name in found["plain"][0]:
         differences = [ours[name] - plain[name] for plain, ours in zip(*found.values(), strict=True)]
-        error = utils.standard_error(torch.tensor(differences))
+        error = standard_error(torch.tensor(differences))
         print(f"  {name}: {np.mean(differences):+.2f} ± {error:.2f}")
 
 

@@ -1,34 +1,27 @@
 """Time a ResNet alone and under a policy, plain and prepared, and print the ratios of the run.
 
-    python tests/benchmark_inference.py --model R110_C10 --kept 17
+    python tests/benchmarks/inference.py --model R110_C10 --kept 17
 
-The networks have random weights; each image's policy keeps `--kept` blocks at random. BlockDrop's
-times include the policy network. Milliseconds a batch, median and quartiles; peak memory of masked
-and conditional execution.
+The networks have random weights; each image's policy keeps `--kept` blocks at random. BlockDrop's times
+include the policy network. Milliseconds a batch, median and quartiles; peak memory of masked and conditional
+execution.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
+import common  # noqa: F401 (finds the project's modules)
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import utils
 from models import inference
-
-
-def random_policies(num_images: int, num_blocks: int, kept: int) -> torch.Tensor:
-    """Return policies (N, K) that keep `kept` blocks each."""
-    return (torch.rand(num_images, num_blocks).argsort(1) < kept).float()
+from models.lab.device import choose_device, choose_precision, machine
+from models.lab.names import parse_model
+from models.lab.timing import measure, peak_memory
+from utils import build_model, count_flops
 
 
 def ways_to_run(rnet, agent, images, policy, precisions):
     """Return the functions to be timed, by name."""
-
-    def plain(function):
-        return torch.no_grad()(function)
-
+    plain = torch.no_grad()
     ways = {
         "plain masked": plain(lambda: (agent(images), rnet(images, policy))),
         "plain sole": plain(lambda: rnet.forward_full(images)),
@@ -44,6 +37,18 @@ def ways_to_run(rnet, agent, images, policy, precisions):
     return ways
 
 
+def ratios(precisions):
+    """Return the pairs of ways that are held against each other, the slow one first."""
+    pairs = []
+    for precision in precisions:
+        pairs += [
+            ("plain masked", f"BlockDrop {precision}"),
+            (f"sole {precision}", f"BlockDrop {precision}"),
+            ("plain sole", f"sole {precision}"),
+        ]
+    return pairs + [("BlockDrop fp32", f"BlockDrop {precision}") for precision in precisions[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="R110_C10")
@@ -52,38 +57,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4, help="spent on each measurement")
     args = parser.parse_args()
 
-    device = utils.choose_device()
+    device, size = choose_device(), parse_model(args.model).image_size
     torch.manual_seed(0)
-    rnet, agent = (network.eval().to(device) for network in utils.build_model(args.model))
-    precisions = ["fp32"]
-    if utils.choose_precision("auto", device) == "bf16":
-        precisions.append("bf16")
-    size = utils.parse_model(args.model).image_size
-    print(f"{args.model}, {args.kept} of {rnet.num_blocks} blocks kept, {utils.machine(device)}")
-    full = utils.count_flops(rnet, image_size=size).item()
+    rnet, agent = (network.eval().to(device) for network in build_model(args.model))
+    precisions = ["fp32"] + (["bf16"] if choose_precision("auto", device) == "bf16" else [])
+    print(f"{args.model}, {args.kept} of {rnet.num_blocks} blocks kept, {machine(device)}")
+    full = count_flops(rnet, image_size=size).item()
     for num_images in args.batches:
         images = torch.rand(num_images, 3, size, size, device=device)
-        policy = random_policies(num_images, rnet.num_blocks, args.kept)
-        part = utils.count_flops(rnet, policy, agent, size).mean().item()
+        policy = (torch.rand(num_images, rnet.num_blocks).argsort(1) < args.kept).float()
+        part = count_flops(rnet, policy, agent, size).mean().item()
         print(f"batch {num_images}: FLOPs allow {full / part:.2f} times")
-        policy = policy.to(device)
-        ways = ways_to_run(rnet, agent, images, policy, precisions)
-        times = utils.measure(ways, device, args.seconds)
-        medians = {name: time.median for name, time in times.items()}
+        ways = ways_to_run(rnet, agent, images, policy.to(device), precisions)
+        times = measure(ways, device, args.seconds)
         for name, time in times.items():
-            quartiles = f"{1000 * time.low:.2f} to {1000 * time.high:.2f}"
-            print(f"  {name:22} {1000 * time.median:9.2f} ms ({quartiles})", flush=True)
-        pairs = []
-        for precision in precisions:
-            pairs += [
-                ("plain masked", f"BlockDrop {precision}"),
-                (f"sole {precision}", f"BlockDrop {precision}"),
-                ("plain sole", f"sole {precision}"),
-            ]
-        pairs += [("BlockDrop fp32", f"BlockDrop {precision}") for precision in precisions[1:]]
-        for slow, fast in pairs:
-            print(f"  {slow} / {fast}: {medians[slow] / medians[fast]:.2f}")
-        peaks = {name: utils.peak_memory(ways[name], device) for name in ("plain masked", "BlockDrop fp32")}
+            quartiles = f"{1000 * time['low']:.2f} to {1000 * time['high']:.2f}"
+            print(f"  {name:22} {1000 * time['seconds']:9.2f} ms ({quartiles})", flush=True)
+        for slow, fast in ratios(precisions):
+            print(f"  {slow} / {fast}: {times[slow]['seconds'] / times[fast]['seconds']:.2f}")
+        peaks = {name: peak_memory(ways[name], device) for name in ("plain masked", "BlockDrop fp32")}
         print("  peak memory:", ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in peaks.items()))
 
 

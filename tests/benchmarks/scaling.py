@@ -1,65 +1,56 @@
 r"""Project how long training takes on several devices, from step times and gradient sizes.
 
-    python tests/benchmark_scaling.py --model R110_C10 --batch-size 512 --epochs 50 10 8 70
-    python tests/benchmark_scaling.py --model R101_ImgNet --batch-size 256 --images 1153050 \
+    python tests/benchmarks/scaling.py --model R110_C10 --batch-size 512 --epochs 50 10 8 70
+    python tests/benchmarks/scaling.py --model R101_ImgNet --batch-size 256 --images 1153050 \
         --epochs 90 0 10 30
 
-Each of n devices takes 1 / n of a batch. Measured on this one are the seconds of a step of so many images:
-random ones, whole ones for the sole ResNet too, and untrained networks, whose policy keeps about half of the
-blocks. Then gradients are exchanged, in a ring: each device sends and receives 2 (n - 1) / n times their
-bytes. So
+Each of n devices takes 1 / n of a batch. Measured on this one are the seconds of a step of so many images, by
+the notebooks' steps: random images, whole ones for the sole ResNet too, and untrained networks, whose policy
+keeps about half of the blocks. Then gradients are exchanged, in a ring: each device sends and receives
+2 (n - 1) / n times their bytes. So
 
     seconds = epochs * steps an epoch * (seconds a step + 2 (n - 1) / n * bytes / bandwidth)
 
-No exchange is hidden behind the step here, as DDP does, and no device waits for a slower one: the
-truth may lie on either side. What happens once an epoch, such as tests on held-out images, is not counted.
+No exchange is hidden behind the step here, and no device waits for a slower one: the truth may lie on either
+side. What happens once an epoch, such as tests on held-out images, is not counted.
 """
 
 import argparse
 import math
-import sys
-from pathlib import Path
+from itertools import repeat
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from blockdrop import LR, make_step
+from common import time_steps
+from running import step_functions
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmark_blockdrop import WARMUP, FewBatches, loops, notebook
-
-import utils
+from models.lab.device import choose_device, choose_precision, machine
+from models.lab.names import parse_model
+from utils import build_model
 
 STAGES = ("sole ResNet", "stochastic depth", "policy training", "finetuning")
 
 
-def seconds_a_step(nb: dict, args, num_images: int) -> dict[str, float]:
+def seconds_a_step(args, num_images: int, device: torch.device, precision: str) -> dict[str, float]:
     """Return the median seconds of a training step of each stage, of so many images on this device."""
-    device, spec = nb["device"], utils.parse_model(args.model)
-    images = torch.rand(num_images, 3, spec.image_size, spec.image_size, device=device)
-    batch = images.to(memory_format=torch.channels_last), torch.arange(num_images, device=device) % 10
-    nb["trainloader"] = [batch] * (args.batches + WARMUP)
-    nb["num_blocks"] = utils.build_model(args.model)[0].num_blocks
-    policy_training = loops(nb, args, cl_step=nb["num_blocks"])["ours"]
-    medians = {"policy training": np.median(policy_training())}
-    medians["finetuning"] = np.median(loops(nb, args, cl_step=None)["ours"]())
-    for stage, train in (
-        ("stochastic depth", nb["train_stochastic_depth"]), ("sole ResNet", lambda: train_sole(nb)),
-    ):  # fmt: skip
-        nb["stochastic_depth"] = FewBatches(args.batches, device)
-        train()
-        medians[stage] = np.median(nb["stochastic_depth"].times)
-    return medians
-
-
-def train_sole(nb: dict) -> None:
-    """Take the sole ResNet's steps, as rnet_sole.ipynb does."""
-    nb["rnet"].train()
-    for inputs, targets in nb["stochastic_depth"].batches(nb["trainloader"]):
-        with nb["autocast"]:
-            loss = F.cross_entropy(nb["rnet"].forward_full(inputs), targets)
-        nb["optimizer_rnet"].zero_grad()
-        loss.backward()
-        nb["optimizer_rnet"].step()
+    name = parse_model(args.model)
+    images = torch.rand(num_images, 3, name.image_size, name.image_size, device=device)
+    labels = torch.arange(num_images, device=device) % name.num_classes
+    loader = repeat((images.to(memory_format=torch.channels_last), labels))
+    rnet = build_model(args.model)[0].to(device, memory_format=torch.channels_last).train()
+    sole, blockdrop = (step_functions(notebook) for notebook in ("rnet_sole", "blockdrop_training"))
+    optimizer, _ = blockdrop.sgd(rnet, LR, 100)
+    num_blocks = rnet.num_blocks
+    steps = {
+        "sole ResNet": lambda x, y: sole.sole_step(rnet, optimizer, x, y, precision),
+        "stochastic depth": lambda x, y: blockdrop.depth_step(rnet, optimizer, x, y, 0.7, precision, True),
+        "policy training": make_step(args.model, False, False, num_blocks, device, precision),
+        "finetuning": make_step(args.model, False, True, num_blocks, device, precision),
+    }
+    return {
+        stage: float(np.median(time_steps(loader, steps[stage], args.batches, device))) for stage in STAGES
+    }
 
 
 def main() -> None:
@@ -72,14 +63,16 @@ def main() -> None:
     parser.add_argument("--bandwidth", type=float, default=10, help="of the network, gigabytes a second")
     parser.add_argument("--batches", type=int, default=5, help="to be timed")
     args = parser.parse_args()
-    nb = notebook("R20_SYN", 64)  # for the functions of its cells; networks and images are replaced
-    print(f"{args.model}, {args.batch_size} images a step, {args.bandwidth:g} GB/s, {nb['precision']}, "
-          f"{utils.machine(nb['device'])}\n")  # fmt: skip
-    measured = {n: seconds_a_step(nb, args, math.ceil(args.batch_size / n)) for n in args.devices}
-    rnet, agent = (4 * sum(p.numel() for p in nb[name].parameters()) for name in ("rnet", "agent"))
+    device = choose_device()
+    precision = choose_precision("auto", device)
+    print(f"{args.model}, {args.batch_size} images a step, {args.bandwidth:g} GB/s, {precision}, "
+          f"{machine(device)}\n")  # fmt: skip
+    shares = {n: math.ceil(args.batch_size / n) for n in args.devices}
+    measured = {n: seconds_a_step(args, share, device, precision) for n, share in shares.items()}
+    rnet, agent = (4 * sum(p.numel() for p in network.parameters()) for network in build_model(args.model))
     exchanged = dict(zip(STAGES, (rnet, rnet, agent, rnet + agent), strict=True))
     steps = math.ceil(args.images / args.batch_size)
-    columns = [f"ms a step of {math.ceil(args.batch_size / n)}; hours on {n} devices" for n in args.devices]
+    columns = [f"ms a step of {share}; hours on {n} devices" for n, share in shares.items()]
     print("| stage | epochs | steps an epoch | MB of gradients |", " | ".join(columns), "|")
     print("|---" * (4 + len(columns)) + "|")
     hours = dict.fromkeys(args.devices, 0)

@@ -1,0 +1,315 @@
+"""Data: drawn, read, split, batched; cut, altered or missing, it is named; stand-ins run in all notebooks."""
+
+import hashlib
+import pickle
+import subprocess
+import time
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from running import run_cells
+from test_notebooks import BLOCKDROP, INFERENCE, SOLE
+from torchvision.datasets import CIFAR10, CIFAR100
+
+import utils
+from models.lab import data, names, syn
+
+DAMAGES = {
+    "cut": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "one bit": lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
+    "longer": lambda content: content + b"\0",
+}
+
+
+def test_syn_is_drawn_the_same_balanced_and_noisier_with_difficulty():
+    start = time.process_time()
+    drawing = syn.draw(1000, seed=0)
+    assert time.process_time() - start < 10  # 12,000 images in 20 s would allow 1.7
+    digest = hashlib.sha256(drawing.images.tobytes() + drawing.labels.tobytes()).hexdigest()
+    assert digest[:16] == "d028250d72179d62"
+    assert drawing.images.shape == (1000, 3, 32, 32) and drawing.images.dtype == np.uint8
+    assert np.bincount(drawing.labels).tolist() == [100] * 10
+    assert drawing.difficulty.min() >= 0 and drawing.difficulty.max() <= 1
+    assert abs(drawing.difficulty.mean() - 0.5) < 0.05
+    rough = np.abs(np.diff(drawing.images.astype(float), axis=3)).mean((1, 2, 3))
+    assert np.corrcoef(rough, drawing.difficulty)[0, 1] > 0.8
+
+
+@pytest.fixture
+def few_syn(monkeypatch):
+    monkeypatch.setattr(syn, "NUM_TRAIN", 50)
+    monkeypatch.setattr(syn, "NUM_TEST", 20)
+
+
+def test_a_damaged_drawing_is_drawn_again_and_so_is_one_that_cant_be_kept(few_syn, tmp_path):
+    first, _ = utils.get_dataset("R8_SYN", tmp_path)
+    (kept,) = tmp_path.glob("*/train.npz")
+    whole = kept.read_bytes()
+    (tmp_path / "file").write_text("no folder")
+    for name, damage in DAMAGES.items():
+        kept.write_bytes(damage(whole))
+        for root in (tmp_path, tmp_path / "file"):
+            again, test = utils.get_dataset("R8_SYN", root)
+            assert torch.equal(first.images, again.images) and torch.equal(first.labels, again.labels), name
+            assert len(first.difficulty) == 50 and len(test) == 20
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
+
+
+def take_for_official(cifar, folder, monkeypatch):
+    """Take the checksums of CIFAR's files as they are for the official ones."""
+
+    def md5(name):
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+
+    for files in ("train_list", "test_list"):
+        monkeypatch.setattr(cifar, files, [[name, md5(name)] for name, _ in getattr(cifar, files)])
+    monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5(cifar.meta["filename"])})
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch, offline):
+    """A function that writes CIFAR's files, n random images in each, and returns their folder."""
+
+    def write(cifar, n):
+        folder = tmp_path / cifar.base_folder
+        folder.mkdir()
+        labels = {CIFAR10: "labels", CIFAR100: "fine_labels"}[cifar]
+        contents = {cifar.meta["filename"]: {cifar.meta["key"]: [f"class {i}" for i in range(100)]}}
+        for name, _ in cifar.train_list + cifar.test_list:
+            pixels = np.random.default_rng(0).integers(256, size=(n, 3072), dtype=np.uint8)
+            contents[name] = {"data": pixels, labels: [i % 10 for i in range(n)]}
+        for name, content in contents.items():
+            (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        take_for_official(cifar, folder, monkeypatch)
+        return folder
+
+    return write
+
+
+def test_every_damaged_cifar_file_is_named(stand_in):
+    folder = stand_in(CIFAR10, 6)
+    assert [len(part) for part in utils.get_dataset("R8_C10", folder.parent)] == [30, 6]
+    refused = 0
+    for path in sorted(folder.iterdir()):
+        whole = path.read_bytes()
+        for damage in [*DAMAGES.values(), None]:
+            path.unlink()
+            if damage is not None:
+                path.write_bytes(damage(whole))
+            with pytest.raises(FileNotFoundError) as error:
+                utils.get_dataset("R8_C10", folder.parent)
+            word = "missing" if damage is None else "damaged"
+            assert f"{path} is {word} and could not be downloaded" in str(error.value)
+            refused += 1
+            path.write_bytes(whole)
+    print(f"CIFAR files damaged in {refused} ways, {refused} refused by name")
+
+
+@pytest.mark.parametrize("name", ["test_batch", "data_batch_1", "data_batch_4"])
+def test_labels_out_of_range_are_named(stand_in, monkeypatch, name):
+    folder = stand_in(CIFAR10, 6)
+    content = pickle.loads((folder / name).read_bytes())
+    content["labels"][2] = 10
+    (folder / name).write_bytes(pickle.dumps(content))
+    take_for_official(CIFAR10, folder, monkeypatch)
+    with pytest.raises(ValueError, match=rf"{folder / name} has the label 10, outside 0 to 9"):
+        utils.get_dataset("R8_C10", folder.parent)
+
+
+def test_cifar_without_data_and_network(tmp_path, offline):
+    with pytest.raises(FileNotFoundError, match=r"CIFAR100 is not in .* unpack cifar-100-python\.tar\.gz"):
+        utils.get_dataset("R32_C100", tmp_path)
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """Folders of JPEG files as ImageNet's, of 3 classes, with other programs' files beside them."""
+    monkeypatch.setitem(names.NUM_CLASSES, "ImgNet", 3)
+    chance = np.random.default_rng(0)
+    for part, n in (("train", 8), ("val", 2)):
+        for label in range(3):
+            folder = tmp_path / part / f"n{label:08}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = chance.integers(256, size=(40, 60, 3), dtype=np.uint8)
+                Image.fromarray(pixels).resize((300, 260)).save(folder / f"{i}.JPEG")
+            (folder / "._0.JPEG").write_bytes(b"macOS")
+        for stray in (".ipynb_checkpoints", "__MACOSX"):
+            (tmp_path / part / stray).mkdir()
+        (tmp_path / part / ".DS_Store").write_bytes(b"macOS")
+    return tmp_path
+
+
+def test_imagenet_folders(imagenet):
+    trainset, valset, testset = data.split("R50_ImgNet", imagenet)
+    assert (len(trainset), len(valset), len(testset)) == (22, 2, 6)
+    assert torch.equal(valset[0][0], valset[0][0]) and not torch.equal(trainset[0][0], trainset[0][0])
+    shapes = [tuple(images.shape) for images, _ in data.Loader(trainset, 16, "cpu", shuffle=True)]
+    assert shapes == [(16, 3, 224, 224), (6, 3, 224, 224)]
+    _, few = utils.get_dataset("R50_ImgNet", imagenet, max_images=3)
+    assert [label for _, label in few] == [0, 1, 2]
+    pixels, inputs = data.pixels_and_input(few, 1)
+    assert pixels.shape == (224, 224, 3) and torch.equal(inputs, few[1][0])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("mv train elsewhere", r"no folder .*train: ImageNet is expected as"),
+        ("rm val/n*/[0-9].JPEG", r"expected a folder of images per class in .*val"),
+        ("mv val/n00000002 val/more", r"the class folder more is in .*val alone"),
+        (
+            "cp -r train/n00000000 train/more && cp -r val/n00000000 val/more",
+            r"has 4 class folders, expected",
+        ),
+        ("truncate -s 100 train/n00000001/3.JPEG", r"3\.JPEG can't be read as an image"),
+    ],
+)
+def test_what_is_wrong_with_imagenets_folders_is_said(imagenet, damage, message):
+    subprocess.run(damage, shell=True, cwd=imagenet, check=True)
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        list(utils.get_dataset("R50_ImgNet", imagenet)[0])
+
+
+def images(n=12, **options):
+    torch.manual_seed(0)
+    pixels = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)
+    return data.Images(pixels, torch.arange(n) % 10, list("abcdefghij"), **options)
+
+
+def test_held_out_images_are_always_the_same_and_not_augmented(few_syn, tmp_path):
+    (train, val, test), (_, again, _) = (data.split("R8_SYN", tmp_path) for _ in range(2))
+    assert (len(train), len(val), len(test)) == (45, 5, 20) and train.augment and not val.augment
+    assert torch.equal(val.images, again.images)
+    assert not (train.images[:, None] == val.images).flatten(2).all(2).any()
+    with pytest.raises(ValueError, match="4 training images are too few to hold a tenth out"):
+        data.split("R8_SYN", tmp_path, 4)
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_perhaps_flipped():
+    dataset, flips = images(augment=True), 0
+    inputs, labels = dataset.read(torch.arange(12))
+    assert inputs.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels, dataset.labels)
+    for image, whole in zip(inputs, F.pad(dataset.images, [4] * 4) / 255, strict=True):
+        crops = whole.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 32, 32)
+        plain, flipped = ((crops == x).flatten(2).all(2).any() for x in (image, image.flip(2)))
+        assert plain or flipped
+        flips += bool(flipped)
+    assert 0 < flips < 12
+
+
+def test_small_crops_come_in_the_first_epochs_from_anywhere_in_the_image():
+    assert [data.crop_share(epoch, 4, 0.5) for epoch in range(4)] == [0.75, 0.75, 1, 1]
+    assert data.crop_share(0, 1, 0.9) == data.crop_share(0, 9, 0) == 1  # the last epoch sees whole images
+    assert [data.share_of(100, 0.29), data.share_of(15, 0.5)] == [29, 7]
+    numbered = torch.arange(64.0).view(8, 8).expand(2, 3, 8, 8)
+    generator, places = torch.Generator().manual_seed(0), set()
+    for _ in range(200):
+        crop = data.random_crop(numbered, 0.75, generator)
+        top, left = divmod(int(crop[0, 0, 0, 0]), 8)
+        assert torch.equal(crop, numbered[:, :, top : top + 6, left : left + 6])
+        assert crop.is_contiguous(memory_format=torch.channels_last)
+        places.add((top, left))
+    assert len(places) == 9
+
+
+def test_a_loader_shows_every_image_once_in_a_new_order():
+    loader = data.Loader(images(25), 8, "cpu", shuffle=True)
+    passes = [torch.cat([inputs.flatten(1).sum(1) for inputs, _ in loader]) for _ in range(2)]
+    assert len(loader) == 4 and not torch.equal(*passes)
+    torch.testing.assert_close(passes[0].sort()[0], passes[1].sort()[0])
+
+
+@pytest.mark.parametrize(
+    ("processes", "message"),
+    [
+        (3, "8, which 3 processes can't share evenly: choose a multiple of 3"),
+        (8, "the last batch of 20 images has 4, too few for 8 processes"),
+    ],
+)
+def test_batches_that_processes_cant_share_are_refused(monkeypatch, processes, message):
+    monkeypatch.setattr(data, "num_processes", lambda: processes)
+    with pytest.raises(ValueError, match=message):
+        data.Loader(images(20), 8, "cpu", shuffle=True)
+
+
+def solid(mode, color):
+    return Image.new(mode, (50, 40), color)
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 3  # by half a turn
+
+
+@pytest.mark.parametrize(
+    ("name", "picture", "shown"),
+    [
+        ("rgb.png", solid("RGB", (10, 20, 30)), [10, 20, 30]),
+        ("gray.jpg", solid("L", 100), [100] * 3),
+        ("gray of 16 bits.png", Image.fromarray(np.full((40, 50), 257 * 128, np.uint16)), [128] * 3),
+        ("palette.gif", solid("RGB", (200, 0, 0)).quantize(2), [200, 0, 0]),
+        ("transparent.png", solid("RGBA", (10, 20, 30, 0)), [255] * 3),
+        ("transparent gray.png", solid("LA", (10, 0)), [255] * 3),
+        ("black and white.png", solid("1", 1), [255] * 3),
+        ("float.tiff", solid("F", 0.5), [128] * 3),
+        ("float too large.tiff", solid("F", 7), "its values are not between 0 and 1"),
+        ("turned.jpg", Image.fromarray(np.repeat(np.uint8([[0, 255]]), 25, 1).repeat(40, 0)), [255] * 3),
+        ("text.png", b"no image", "can't be read as an image"),
+    ],
+)
+def test_picture_files_are_read_as_they_look(tmp_path, name, picture, shown):
+    path = tmp_path / name
+    if isinstance(picture, bytes):
+        path.write_bytes(picture)
+    else:
+        picture.save(path, exif=TURNED if name == "turned.jpg" else b"")
+    if isinstance(shown, str):
+        with pytest.raises(ValueError, match=shown):
+            data.pixels_and_input(images(3), path)
+        return
+    pixels, inputs = data.pixels_and_input(images(3), path)
+    assert pixels.shape == (32, 32, 3) and pixels[5, 5].tolist() == shown
+    torch.testing.assert_close(inputs, pixels.permute(2, 0, 1) / 255)
+
+
+def through_all_notebooks(model, data_dir, sole_cv="cv", **settings):
+    """Run them in their order; the rest starts from the sole ResNet's weights if they lie in "cv"."""
+    paths = {"model": model, "data_dir": str(data_dir), "cv_dir": str(data_dir / "cv"), "max_images": None}
+    run_cells("rnet_sole", SOLE | paths | {"cv_dir": str(data_dir / sole_cv), "epochs": 1} | settings)
+    quick = {"curriculum": 0, "max_epochs_stochastic_depth": 0}
+    run_cells("blockdrop_training", BLOCKDROP | paths | quick | settings)
+    results = {"batch_sizes": [1, 4], "results_dir": str(data_dir / "results")}
+    found = run_cells("blockdrop_inference", INFERENCE | paths | results)
+    assert found["policies"].shape == (len(found["testset"]), found["num_blocks"])
+    assert len(list((data_dir / "results").glob("*.svg"))) >= 8
+
+
+def test_cifar100_in_all_notebooks(stand_in, at_root, request):
+    model = "R110_C100" if request.config.getoption("--long") else "R32_C100"
+    through_all_notebooks(model, stand_in(CIFAR100, 30).parent, batch_size=16)
+
+
+def test_imagenet_in_all_notebooks(imagenet, at_root, request, monkeypatch):
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes: pytest --long")
+
+    def random_weights(weights, **_):
+        torch.manual_seed(0)
+        name = type(weights).__name__.split("_")[0].lower()
+        return torchvision.models.get_model(name, num_classes=3).state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", random_weights)
+    through_all_notebooks("R101_ImgNet", imagenet, sole_cv="another cv", batch_size=6)

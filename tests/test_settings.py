@@ -1,0 +1,119 @@
+"""The notebooks' settings: checked by one table, read as they are meant, misspelled ones refused; recipes."""
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from conftest import NOTEBOOKS, ROOT
+
+from models.lab import settings
+
+HOME = Path.home()
+
+
+def parameters(name):
+    """The cell with a notebook's settings."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    return cell.source
+
+
+def read(name, **given):
+    """A notebook's settings, some of them given, after they have been read."""
+    found = {}
+    exec(parameters(name), {}, found)
+    settings.read_settings(name, found := found | given)
+    return found
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_setting_is_in_the_table_and_refuses_another_kind(name):
+    names = settings.names_of(name)
+    assert sorted(re.findall(r"^(\w+) =", parameters(name), re.MULTILINE)) == sorted(names)
+    assert all(len(line) <= 85 for line in parameters(name).splitlines())  # JupyterLab shows no more
+    read(name)
+    for setting in names:
+        with pytest.raises(ValueError, match=f"^{setting} is .*, expected |^unknown model"):
+            read(name, **{setting: {"a": "dict"}})
+
+
+@pytest.mark.parametrize(
+    ("setting", "values", "expected"),
+    [
+        ("epochs", (0, 2.5, True, "many"), "a whole number, 1 or more"),
+        ("lr_rnet", (-1, float("nan"), float("inf")), "a number, 0 or more"),
+        ("averaging", (0.9,), "a number, 0 or more and 0.85 or less"),
+        ("alpha", (1, (0.8, 0.5)), "a number, 0.51 or more and below 1"),
+        ("penalty", (0, (-1, "none")), "a number, below 0"),
+        ("penalty", ((-1, -1, -1), []), "one value, or two: policy training's and finetuning's"),
+        ("resume", ("yes", 1), "True or False"),
+        ("data_dir", ("", None), "a text in quotes"),
+        ("batch_sizes", ([8, 0], "[1, 'a']"), "a whole number, 1 or more"),
+        ("batch_sizes", ([],), "one value, or more"),
+        ("image", (None, -1), "a test image's number or a file's path"),
+    ],
+)
+def test_what_a_setting_may_be_is_said(setting, values, expected):
+    for value in values:
+        with pytest.raises(ValueError, match=f"^{setting} is .*, expected {expected}"):
+            settings.as_meant(setting, value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "meant"),
+    [
+        ("lr_rnet", "1e-2", 0.01),  # as YAML reads it
+        ("epochs", 3.0, 3),
+        ("resume", "False", False),
+        ("max_images", "None", None),
+        ("data_dir", "~/my data#1", str(HOME / "my data#1")),
+        ("start_from", "~/a.t7", str(HOME / "a.t7")),
+        ("penalty", -2, (-2, -2)),
+        ("penalty", "-1e1", (-10.0, -10.0)),
+        ("lr_policy", "[1e-3, 1e-6]", (1e-3, 1e-6)),
+        ("batch_sizes", "[1,8]", (1, 8)),
+        ("batch_sizes", 8, (8,)),
+        ("image", "7", 7),
+        ("image", "7.png", "7.png"),
+    ],
+)
+def test_settings_are_read_as_they_are_meant(setting, given, meant):
+    assert repr(settings.as_meant(setting, given)) == repr(meant)
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("max_epoch_training", "max_epochs_training"),
+        ("smallcrops", "small_crops"),
+        ("alpha_finetuning", "alpha"),
+    ],
+)
+def test_a_misspelled_setting_is_refused_with_the_nearest(given, nearest):
+    with pytest.raises(ValueError, match=rf"there is no setting '{given}': do you mean {nearest}\?"):
+        read("blockdrop_training", **{given: 1})
+
+
+RECIPES = sorted(settings.RECIPES.glob("*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_a_recipe_loads_and_taking_it_replaces_the_settings(path, capsys):
+    recipe = settings.read_recipe(path.stem, path.parent.name)
+    taken = read(path.stem, model=path.parent.name, recipe=True)
+    assert {name: taken[name] for name in recipe} == recipe and taken["model"] == recipe["model"]
+    assert capsys.readouterr().out == "" and path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", ["rnet_sole", "blockdrop_training"])
+def test_the_notebooks_own_settings_are_the_recipe_of_resnet32(name):
+    assert settings.read_recipe(name, "R32_C10").items() <= read(name).items()
+
+
+def test_changing_the_model_alone_says_which_settings_differ_from_its_recipe(capsys):
+    read("rnet_sole", model="R20_SYN")
+    said = capsys.readouterr().out
+    assert "the recipe of R20_SYN, which recipe = True takes" in said and "epochs = 80, there 40" in said
+    read("rnet_sole", model="R14_SYN")
+    assert "R14_SYN has no recipe in results/recipes/" in capsys.readouterr().out
