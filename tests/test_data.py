@@ -289,8 +289,8 @@ def through_all_notebooks(model, data_dir, sole_cv="cv", **settings):
     """Run them in their order; the rest starts from the sole ResNet's weights if they lie in "cv"."""
     paths = {"model": model, "data_dir": str(data_dir), "cv_dir": str(data_dir / "cv"), "max_images": None}
     run_cells("rnet_sole", SOLE | paths | {"cv_dir": str(data_dir / sole_cv), "epochs": 1} | settings)
-    quick = {"curriculum": 0, "max_epochs_stochastic_depth": 0}
-    run_cells("blockdrop_training", BLOCKDROP | paths | quick | settings)
+    quick = {"max_epochs_stochastic_depth": 0, "max_epochs_training": 1, "max_epochs_finetuning": 1}
+    run_cells("blockdrop_training", BLOCKDROP | paths | quick | {"curriculum": 0} | settings)
     results = {"batch_sizes": [1, 4], "results_dir": str(data_dir / "results")}
     found = run_cells("blockdrop_inference", INFERENCE | paths | results)
     assert found["policies"].shape == (len(found["testset"]), found["num_blocks"])

@@ -117,3 +117,5 @@ def test_changing_the_model_alone_says_which_settings_differ_from_its_recipe(cap
     assert "the recipe of R20_SYN, which recipe = True takes" in said and "epochs = 80, there 40" in said
     read("rnet_sole", model="R14_SYN")
     assert "R14_SYN has no recipe in results/recipes/" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="R14_SYN has no recipe"):
+        read("rnet_sole", model="R14_SYN", recipe=True)

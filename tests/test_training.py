@@ -380,4 +380,4 @@ def test_held_out_images_that_were_trained_on_are_said(capsys, seen, said):
     trained = entry("sole", 1.0)
     trained["settings"]["max_images"] = seen
     stages.check_images(Stage("a.t7", ("resnet",), [], [trained]), None)
-    assert ("may have seen images that are held out now" in capsys.readouterr().out) == said
+    assert ("may have seen images held out now" in capsys.readouterr().out) == said

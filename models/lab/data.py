@@ -222,7 +222,8 @@ def _imagenet(root: Path) -> list[Dataset]:
         try:
             datasets.append(_ImageFolder(path, transform, loader=_read, is_valid_file=_is_image))
         except FileNotFoundError as error:  # no folder in it, or one without images
-            raise FileNotFoundError(f"{error}: expected a folder of images per class in {path}") from error
+            what = str(error).strip(" .")
+            raise FileNotFoundError(f"{what}: expected a folder of images per class in {path}") from error
     train_classes, test_classes = (dataset.classes for dataset in datasets)
     if alone := sorted(set(train_classes) ^ set(test_classes)):
         where = root / ("train" if alone[0] in train_classes else "val")
@@ -369,6 +370,8 @@ class Loader:
             for inputs, labels in self.loader:
                 inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield inputs, labels.to(self.device, non_blocking=True)
+        except ValueError as error:  # a worker's, with its traceback as text
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
         except RuntimeError as error:
             if "shared memory" not in str(error) and "Bus error" not in str(error):
                 raise

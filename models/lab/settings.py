@@ -91,6 +91,8 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     parse_model(model)
     recipe = read_recipe(notebook, model) if "recipe" in names else {}
     if recipe is None:
+        if namespace["recipe"] is True:
+            raise ValueError(f"{model} has no recipe in results/recipes/: set recipe = False")
         print(f"{model} has no recipe in results/recipes/: these settings were not tuned for it")
         recipe = {}
     if namespace.get("recipe") is True:

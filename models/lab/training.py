@@ -1,6 +1,7 @@
 """A stage that is trained: resuming, history, lineage, curves, schedule, averaging."""
 
 import contextlib
+import copy
 import errno
 import os
 import sys
@@ -103,6 +104,7 @@ class Training:
             print(f"{stage.capitalize()} is skipped: {taken} is taken")
         elif resume and self.last.is_file():
             self._resume()
+        self._keep()
 
     def _resume(self) -> None:
         state = read_checkpoint(self.last)
@@ -136,6 +138,11 @@ class Training:
         for row in history:
             print(self.line(row))
 
+    def _keep(self) -> None:
+        """Keep a copy of what the next epoch starts from, to go on from there if it is interrupted."""
+        parts = self.networks | self.progress
+        self.kept = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+
     def _is_saved(self, history: list[dict]) -> bool:
         """Tell whether a final checkpoint of the run with this history lies in the folder."""
         for path in self.folder.glob("*.t7"):
@@ -152,6 +159,8 @@ class Training:
         if done == self.epochs:
             self._lock()  # kept until `save`
             return
+        for name, part in (self.networks | self.progress).items():
+            part.load_state_dict(copy.deepcopy(self.kept[name]))
         _say_when_interrupted()
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
         with (
@@ -266,6 +275,7 @@ class Training:
                     self.writer.add_scalar(f"{name}/{block}", part, self.epoch)
             else:
                 self.writer.add_scalar(name, value, self.epoch)
+        self._keep()
         print(self.line(self.history[-1]))
 
     @property
