@@ -1,8 +1,10 @@
 """Data: drawn, read, split, batched; cut, altered or missing, it is named; stand-ins run in all notebooks."""
 
 import hashlib
+import os
 import pickle
 import subprocess
+import sys
 import time
 import urllib.error
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import ROOT
 from PIL import Image
 from running import run_cells
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE
@@ -313,3 +316,22 @@ def test_imagenet_in_all_notebooks(imagenet, at_root, request, monkeypatch):
 
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", random_weights)
     through_all_notebooks("R101_ImgNet", imagenet, sole_cv="another cv", batch_size=6)
+
+
+WORKERS = """
+import multiprocessing, sys
+from torchvision.datasets import FakeData
+from torchvision.transforms import ToTensor
+from models.lab.data import Loader
+multiprocessing.set_start_method(sys.argv[1])
+print("top", [len(labels) for _, labels in Loader(FakeData(5, (3, 8, 8), transform=ToTensor()), 2, "cpu")])
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_a_script_reads_images_by_workers_whatever_the_start_method(tmp_path, method):
+    (tmp_path / "out.py").write_text(WORKERS)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "out.py", method]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "top [2, 2, 1]\n", done.stderr
