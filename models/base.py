@@ -110,5 +110,7 @@ def run_blocks(
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
-    """Copy some images; they stay channels last, which indexing (N, C, H, W) would not keep."""
+    """Copy some images in their memory format: indexing (N, C, H, W) would not keep channels last."""
+    if x.is_contiguous():
+        return x.index_select(0, indices)
     return x.movedim(1, 3).index_select(0, indices).movedim(3, 1)

@@ -1,12 +1,17 @@
 """CUDA graphs: a function captured once and replayed without the host's work for each kernel."""
 
+import functools
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from models.base import run_blocks
+
+Capture = Callable[[Callable[[], object]], Callable[[], object]]  # returns what does the same again
 
 
 def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
@@ -32,35 +37,83 @@ def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     return graph.replay
 
 
+def agree(found: object, expected: object, tolerance: float = 0.01) -> bool:
+    """Tell whether tensors, or tuples of them, differ by less than a share of their norms."""
+    if isinstance(expected, Tensor):
+        return bool(torch.linalg.norm(found - expected) <= tolerance * torch.linalg.norm(expected))
+    return all(agree(x, y, tolerance) for x, y in zip(found, expected, strict=True))
+
+
+def copies(results: object) -> object:
+    """Return a tensor, or a tuple of tensors and tuples, in memory that no replay overwrites."""
+    return results.clone() if isinstance(results, Tensor) else tuple(map(copies, results))
+
+
+class Graph:
+    """A function of tensors, captured as one CUDA graph for tensors like the `examples`.
+
+    RuntimeError where that fails, or where the graph gives other results.
+    """
+
+    def __init__(self, function: Callable, *examples: Tensor, capture: Capture):
+        self.inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
+
+        def run() -> None:
+            self.results = function(*self.inputs)
+
+        self.replay = capture(run)
+        others = [1 - example for example in examples]
+        if not agree(self(*others), function(*others)):
+            raise RuntimeError("the captured function gave other results")
+
+    def __call__(self, *inputs: Tensor) -> object:
+        for kept, given in zip(self.inputs, inputs, strict=True):
+            kept.copy_(given)
+        self.replay()
+        return copies(self.results)
+
+
+class Graphs:
+    """A `models.inference.Eager` that the host has no part in, captured for one shape of batch."""
+
+    def __init__(self, eager, images: Tensor, capture: Capture):
+        policy = torch.ones(len(images), eager.resnet.num_blocks, device=images.device)
+        self.under = Graph(eager.under, images, policy, capture=capture)
+        if eager.agent is None:
+            self.alone = Graph(eager.alone, images, capture=capture)
+        else:
+            self.decide = Graph(eager.decide, images, capture=capture)
+            self.both = Graph(eager.both, images, capture=capture)
+
+
 class SingleImage:
-    """A prepared network for one image, as steps that are captured once and chained by a policy.
+    """A `models.inference.Eager` for one image, block by block: steps captured once and chained by a policy.
 
     Every step reads and writes tensors that stay where they are, as CUDA graphs need it: a dropped
     block leaves its tensor alone, or, where the shape changes, runs its shortcut.
-    `net`: a `models.inference.Prepared`. `capture` turns a function into one that does the same again.
-    RuntimeError where that fails.
+    RuntimeError where that fails, or gives other results.
     """
 
-    def __init__(self, net, image: Tensor, capture: Callable[[Callable[[], object]], Callable[[], None]]):
+    def __init__(self, eager, image: Tensor, capture: Capture):
         self.targets = []  # to be held: a graph doesn't hold the memory it was captured with
 
-        def step(target: Tensor, function: Callable[..., Tensor], *args: object) -> Callable[[], None]:
+        def step(target: Tensor, function: Callable[..., Tensor], *args: object) -> Callable[[], object]:
             self.targets.append(target)
             return capture(lambda: target.copy_(function(*args)))
 
-        eager = net.eager
-        self.image = image.clone(memory_format=torch.channels_last)
-        x = eager.rnet.seed(self.image)
-        self.seed = step(x, eager.rnet.seed, self.image)
+        rnet = eager.resnet.rnet
+        self.image = image.clone()
+        x = rnet.seed(self.image)
+        self.seed = step(x, rnet.seed, self.image)
         self.kept, self.dropped = [], []
-        for block in eager.blocks:
+        for block in eager.resnet.blocks:
             shortcut, _ = block
             target = shortcut(x)
             self.kept.append(step(target, run_blocks, x, [block], [True]))
             self.dropped.append(None if target is x else step(target, shortcut, x))
             x = target
-        self.logits = eager.rnet.classify(x).float()
-        self.classify = step(self.logits, eager.rnet.classify, x)
+        self.logits = rnet.classify(x).float()
+        self.classify = step(self.logits, rnet.classify, x)
         if eager.agent is None:
             self.all = step(self.logits, eager.alone, self.image)
         else:
@@ -77,18 +130,18 @@ class SingleImage:
             return run(*args)
 
         image = 1 - image  # another one than that of which the targets are left
-        pairs = [(replayed(self.alone, image), eager.alone(image))] if eager.agent is None else []
-        every_second = torch.arange(len(self.kept))[None] % 2 == 0
-        for kept in (every_second, ~every_second):
-            pairs.append((replayed(self.under, image, kept), eager.under(image, kept)))
-        for ours, expected in pairs:
-            if not torch.linalg.norm(ours - expected) <= 0.01 * torch.linalg.norm(expected):
-                raise RuntimeError("the captured steps gave other logits")
-        if eager.agent is not None and not torch.equal(replayed(self.decide, image), eager.decide(image)):
-            raise RuntimeError("the captured steps gave another policy")
+        if eager.agent is None:
+            pairs = [(replayed(self.alone, image), eager.alone(image))]
+        else:
+            pairs = [(replayed(self.decide, image), eager.decide(image))]
+        every_second = torch.arange(len(self.kept))[None] % 2
+        for policy in (every_second, 1 - every_second):
+            pairs.append((replayed(self.under, image, policy), eager.under(image, policy)))
+        if not agree(*zip(*pairs, strict=True)):
+            raise RuntimeError("the captured steps gave other results")
 
     def alone(self, image: Tensor) -> Tensor:
-        """Return logits (1, classes), every block kept."""
+        """Return logits (1, classes) under the one policy, or every block kept."""
         self.image.copy_(image)
         self.all()
         return self.logits.clone()
@@ -99,14 +152,119 @@ class SingleImage:
         self.decision()
         return self.policy.clone()
 
-    def under(self, image: Tensor, kept: Tensor) -> Tensor:
-        """Return logits (1, classes) under a policy (1, K) of booleans on the host."""
+    def under(self, image: Tensor, policy: Tensor) -> Tensor:
+        """Return logits (1, classes) under a policy (1, K) on the host."""
         self.image.copy_(image)
         self.seed()
-        for keeps, keep, drop in zip(kept[0].tolist(), self.kept, self.dropped, strict=True):
+        for keeps, keep, drop in zip(policy[0].tolist(), self.kept, self.dropped, strict=True):
             if keeps:
                 keep()
             elif drop is not None:
                 drop()
         self.classify()
         return self.logits.clone()
+
+    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits under the agent's policy, and the policy."""
+        policy = self.decide(image)
+        return self.under(image, policy.cpu()), policy
+
+
+def one_graph(step: Callable, device: torch.device, why_not: str | None = None) -> Callable:
+    """Return a training step that on CUDA runs as one graph; on the CPU the step itself.
+
+    It takes and returns what `step` does: networks, optimizers or tuples of them, tensors, numbers. Each
+    shape of the tensors, and each number, gets a graph of its own on its first call, which leaves weights,
+    optimizers and random numbers as they were. Where that can't be, for the reason `why_not` or because it
+    fails, the step runs as it is, and a line says so.
+    """
+    if device.type != "cuda":
+        return step
+    if dist.is_initialized():
+        why_not = "several processes train together"
+    if why_not:
+        _say_why_not(step, why_not)
+        return step
+    return CapturedStep(step, device, functools.partial(captured, pool=torch.cuda.graph_pool_handle()))
+
+
+def _say_why_not(step: Callable, reason: object) -> None:
+    print(f"{step.__name__} runs without CUDA graphs: {reason}")
+
+
+class CapturedStep:
+    """A training step, captured for each shape of batch. Made by `one_graph`."""
+
+    def __init__(self, step: Callable, device: torch.device, capture: Capture):
+        self.step, self.device, self.capture = step, device, capture
+        self.graphs: dict[tuple, SimpleNamespace] | None = {}
+
+    def __call__(self, *args: object) -> object:
+        if self.graphs is None:
+            return self.step(*args)
+        key = tuple(_key(arg) for arg in args)
+        if key not in self.graphs:
+            try:
+                self.graphs[key] = self._captured(args)
+            except RuntimeError as error:
+                _say_why_not(self.step, error)
+                self.graphs = None
+                return self.step(*args)
+        graph = self.graphs[key]
+        for kept, given in zip(graph.inputs, args, strict=True):
+            if isinstance(given, Tensor):
+                kept.copy_(given)
+        graph.replay()
+        return copies(graph.results)
+
+    def _captured(self, args: tuple) -> SimpleNamespace:
+        """Return the inputs that a graph reads, what replays it, and the results that it overwrites."""
+        graph = SimpleNamespace(inputs=[arg.clone() if isinstance(arg, Tensor) else arg for arg in args])
+
+        def run() -> None:
+            graph.results = self.step(*graph.inputs)
+
+        parts = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
+        _move_to_device([part for part in parts if isinstance(part, torch.optim.Optimizer)], self.device)
+        before = {id(tensor): tensor.clone() for tensor in _state(parts)}
+        try:
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                graph.replay = self.capture(run)
+        finally:
+            with torch.no_grad():
+                for tensor in _state(parts):
+                    # New are the optimizers' means of gradients, which start from 0.
+                    tensor.copy_(before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor))
+        return graph
+
+
+def _key(arg: object) -> object:
+    """Return what decides whether a graph serves an argument: a tensor's shape, a number, or the object."""
+    if isinstance(arg, Tensor):
+        return arg.shape
+    return arg if isinstance(arg, int | float | str) else id(arg)
+
+
+def _move_to_device(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
+    """Have optimizers read learning rate and step count on the device: a graph would keep the host's."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+            group["fused"] = True  # the other implementations have the host read the learning rate
+            if "capturable" in group:
+                group["capturable"] = device.type == "cuda"
+        for state in optimizer.state.values():
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+
+
+def _state(parts: list) -> list[Tensor]:
+    """Return the tensors of networks and optimizers that a step changes."""
+    tensors = []
+    for part in parts:
+        if isinstance(part, nn.Module):
+            tensors += [*part.parameters(), *part.buffers()]
+        elif isinstance(part, torch.optim.Optimizer):
+            states = part.state.values()
+            tensors += [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return tensors

@@ -4,7 +4,9 @@ import contextlib
 import copy
 import functools
 import itertools
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from models.base import keepers, run_blocks
-from models.graphs import SingleImage, captured
+from models.graphs import Graphs, SingleImage, agree, captured
 from models.policy import Policy, greedy_policy
-from models.resnet import FlatResNet
+from models.resnet import FlatResNet, FlatResNet32
 
 # TF32 holds fp32 values and multiplies them with 10 bits of mantissa, on CUDA GPUs.
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FUSED_TOLERANCE = {"bf16": 0.05, "fp16": 0.01}  # relative, of logits against those of the blocks one by one
+MOST_SHAPES = 16  # of batches, whose CUDA graphs are kept
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -31,46 +35,20 @@ def fold(network: nn.Module) -> nn.Module:
     return folded
 
 
-class Eager:
-    """The folded networks and the ways to run them, without checks; `SingleImage` has the same, captured."""
+class BlockByBlock:
+    """A folded ResNet whose blocks run one after the other; its weights say device, precision and format."""
 
-    def __init__(self, rnet: FlatResNet, agent: Policy | None, dtype: torch.dtype, device: torch.device):
-        to = {"dtype": dtype, "device": device, "memory_format": torch.channels_last}
-        self.rnet = fold(rnet).to(**to)
-        self.blocks = _lean_blocks(self.rnet)
-        self.agent = None
-        if agent is not None:
-            self.agent = fold(agent).to(**to)
-            self.agent.logit.float()  # it decides in fp32, as in training
-            self.agent_blocks = _lean_blocks(self.agent.features)
+    def __init__(self, rnet: FlatResNet):
+        self.rnet, self.blocks, self.num_blocks = rnet, [], rnet.num_blocks
+        for shortcut, block in rnet.shortcuts_and_blocks():  # the convolutions alone, without a module's call
+            convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
+            branch = functools.partial(_branch, [(c.weight, c.bias, c.stride, c.padding) for c in convs])
+            self.blocks.append((_unchanged if isinstance(shortcut, nn.Identity) else shortcut, branch))
 
-    def alone(self, x: Tensor) -> Tensor:
-        """Return logits (N, classes) of images (N, 3, H, W), every block kept."""
-        return _run(self.rnet, self.blocks, x, [True] * len(self.blocks)).float()
-
-    def decide(self, x: Tensor) -> Tensor:
-        """Return the agent's policy (N, K)."""
-        x = self.agent.view(x)
-        features = _run(self.agent.features, self.agent_blocks, x, [True] * len(self.agent_blocks))
-        return greedy_policy(torch.sigmoid(self.agent.logit(features.float())))
-
-    def under(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Return logits (N, classes) under policies (N, K) of booleans on the host."""
-        return _run(self.rnet, self.blocks, x, keepers(kept, x.device)).float()
-
-
-def _run(network: FlatResNet, blocks: list, x: Tensor, keeping: list[bool | Tensor]) -> Tensor:
-    return network.classify(run_blocks(network.seed(x), blocks, keeping))
-
-
-def _lean_blocks(rnet: FlatResNet) -> list:
-    """Return a folded ResNet's blocks for `run_blocks`: their convolutions alone, without a module call."""
-    blocks = []
-    for shortcut, block in rnet.shortcuts_and_blocks():
-        convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
-        branch = functools.partial(_branch, [(c.weight, c.bias, c.stride, c.padding) for c in convs])
-        blocks.append((_unchanged if isinstance(shortcut, nn.Identity) else shortcut, branch))
-    return blocks
+    def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
+        """Return logits (N, classes) of images (N, 3, H, W) under policies (N, K), which the host reads."""
+        keeping = [True] * len(self.blocks) if policy is None else keepers(policy.cpu() > 0, x.device)
+        return self.rnet.classify(run_blocks(self.rnet.seed(x), self.blocks, keeping)).float()
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -83,52 +61,123 @@ def _branch(convs: list[tuple], x: Tensor, residual: Tensor) -> Tensor:
     return F.relu_(torch.conv2d(x, *convs[-1]).add_(residual))
 
 
+class Eager(NamedTuple):
+    """A ResNet, with a policy network or one policy, as plain functions, which `models.graphs` captures."""
+
+    resnet: Callable[[Tensor, Tensor | None], Tensor]  # images, policies -> logits
+    features: Callable[[Tensor], Tensor] | None  # images -> what the policy network's last layer takes
+    agent: Policy | None
+    policy: Tensor | None  # (K,)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """Return logits (N, classes) of images (N, 3, H, W) under the one policy, or every block kept."""
+        return self.resnet(x, None if self.policy is None else self.policy.expand(len(x), -1))
+
+    def decide(self, x: Tensor) -> Tensor:
+        """Return the agent's policy (N, K)."""
+        return greedy_policy(torch.sigmoid(self.agent.logit(self.features(self.agent.view(x)))))
+
+    def under(self, x: Tensor, policy: Tensor) -> Tensor:
+        """Return logits (N, classes) under policies (N, K)."""
+        return self.resnet(x, policy)
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits under the agent's policy, and the policy."""
+        policy = self.decide(x)
+        return self.under(x, policy), policy
+
+
+def _eager(
+    run: Callable, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None, device: torch.device | str
+) -> Eager:
+    """Return the functions of folded networks. `run` makes a ResNet's, which reads policies on `device`."""
+    features = None if agent is None else run(agent.features)
+    return Eager(run(rnet), features, agent, None if policy is None else policy.to(device))
+
+
 class Prepared:
     """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
 
-    def __init__(self, rnet: FlatResNet, agent: Policy | None, precision: str, device: torch.device):
-        self.precision = precision
-        self.eager = Eager(rnet, agent, DTYPES[precision], device)
-        self.blocks = self.eager.blocks
-        self.device = self.eager.rnet.fc.weight.device
-        self.ways: dict[torch.Size, Eager | SingleImage] = {}  # of one image on CUDA, by its shape
-        self.note = "eager"
+    def __init__(
+        self,
+        rnet: FlatResNet,
+        agent: Policy | None,
+        precision: str,
+        device: torch.device,
+        policy: Tensor | None,
+    ):
+        self.precision, self.num_blocks = precision, rnet.num_blocks
+        in_full = device.type == "cuda" and precision == "fp32"
+        self.format = torch.contiguous_format if in_full else torch.channels_last  # the faster one
+        to = {"dtype": DTYPES[precision], "device": device, "memory_format": self.format}
+        rnet, agent = fold(rnet), None if agent is None else fold(agent).to(device)
+        self.eager = _eager(lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy, "cpu")
+        self.device = self.eager.resnet.rnet.conv1.weight.device
+        self.lock = threading.Lock()  # captured ways have one place for images and results
+        self.ways: dict[torch.Size, Eager | Graphs | SingleImage] = {}  # captured ones, by the batch's shape
+        self.note = "block by block"
+        self.fused = self._fused(rnet, agent, policy)
+
+    def _fused(self, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None) -> Eager | None:
+        """Return the way by one kernel; None where it isn't for this network, or, as `note` says, fails."""
+        if not (
+            self.device.type == "cuda"
+            and self.precision in FUSED_TOLERANCE
+            and isinstance(rnet, FlatResNet32)
+        ):
+            return None
+        try:
+            from models.fused import FusedResNet  # here: not every PyTorch comes with Triton
+
+            fuse = functools.partial(FusedResNet, dtype=DTYPES[self.precision], device=self.device)
+            fused = _eager(fuse, rnet, agent, policy, self.device)
+            with self._mode():
+                images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
+                policies = (torch.arange(2 * self.num_blocks) % 3 > 0).float().view(2, -1).to(self.device)
+                rounded = images.to(DTYPES[self.precision], memory_format=self.format)
+                found = [fused.alone(images), fused.under(images, policies)]
+                expected = [self.eager.alone(rounded), self.eager.under(rounded, policies)]
+                if agent is not None:
+                    found.append(fused.features(images))
+                    expected.append(self.eager.features(rounded))
+                if not agree(found, expected, FUSED_TOLERANCE[self.precision]):
+                    raise RuntimeError("it gave other logits")
+        except Exception as error:  # a compiler fails in many ways
+            self.note = f"block by block, because one kernel for all failed: {error}"
+            return None
+        self.note = "one kernel for all blocks"
+        return fused
 
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
-        `policy`: run this one instead of the agent's. Alone and without one, every block is kept.
-        ValueError for a policy of another shape or with values other than 0 and 1, and for anything
-        but RGB images on the network's device.
+        `policy`: run this one instead of the agent's. Alone and without one, every block is kept, or those
+        of the one policy. ValueError for a policy of another shape or with values other than 0 and 1, and
+        for anything but RGB images on the network's device. The one kernel reads a policy on its device
+        without a word to the host: there, other values give logits that are not a number.
         """
         with self._mode():
-            x = self._input(x)
-            way = self._way(x)
+            x, way, fused = self._way(x)
             if policy is not None:
-                self.eager.rnet.check_policy(policy, len(x))
-                kept = policy.cpu()
-                if not ((kept == 0) | (kept == 1)).all():
-                    raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
+                logits = way.under(x, self._checked(policy, len(x), fused))
             elif self.eager.agent is None:
                 return way.alone(x)
             else:
-                policy = way.decide(x)
-                kept = policy.cpu()
-            logits = way.under(x, kept.bool())
+                logits, policy = way.both(x)
             return logits if self.eager.agent is None else (logits, policy)
 
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K) for images (N, 3, H, W)."""
         with self._mode():
-            x = self._input(x)
-            return self._way(x).decide(x)
+            x, way, _ = self._way(x)
+            return way.decide(x)
 
     def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits and policy as a call does, but compute every block and hide what is dropped."""
         with self._mode():
-            x = self._input(x)
+            x = self._rounded(x)
             policy = self.eager.decide(x)
-            return self.eager.rnet(x, policy).float(), policy
+            return self.eager.resnet.rnet(x, policy).float(), policy
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
@@ -139,7 +188,7 @@ class Prepared:
             return
         backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
         before = [backend.fp32_precision for backend in backends]
-        with torch.inference_mode(), torch.cuda.device(self.device):
+        with self.lock, torch.inference_mode(), torch.cuda.device(self.device):
             for backend in backends:
                 backend.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
             try:
@@ -148,27 +197,68 @@ class Prepared:
                 for backend, precision in zip(backends, before, strict=True):
                     backend.fp32_precision = precision
 
-    def _input(self, x: Tensor) -> Tensor:
+    def _rounded(self, x: Tensor) -> Tensor:
         """Return images in the network's precision and memory format."""
+        return x.to(DTYPES[self.precision], memory_format=self.format)
+
+    def _checked(self, policy: Tensor, n: int, fused: bool) -> Tensor:
+        """Return policies for n images where they are read: on the device if `fused`, else on the host."""
+        self.eager.resnet.rnet.check_policy(policy, n)
+        if not fused:
+            policy = policy.cpu()
+        if policy.device.type == "cpu":
+            check_values(policy)
+        return policy.to(self.device) if fused else policy
+
+    def _way(self, x: Tensor) -> tuple[Tensor, Eager | Graphs | SingleImage, bool]:
+        """Return images as a way takes them, the way, and whether it is by one kernel.
+
+        On CUDA one kernel is captured for every shape of batch, block by block for a single image.
+        Where capture fails, `note` says why.
+        """
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(x.shape)}, expected (N, 3, H, W)")
         if x.device != self.device:
             raise ValueError(f"the images are on {x.device}, the network on {self.device}: move one of them")
-        return x.to(DTYPES[self.precision], memory_format=torch.channels_last)
-
-    def _way(self, x: Tensor) -> Eager | SingleImage:
-        """Return the captured way for one image on CUDA; where capture fails, `note` says why."""
-        if len(x) != 1 or self.device.type != "cuda":
-            return self.eager
+        fused = self.fused is not None and x.shape[2:] == (32, 32)
+        x, eager = (x, self.fused) if fused else (self._rounded(x), self.eager)
+        can_capture = self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+        if not can_capture or len(x) == 0 or (len(x) > 1 and not fused):
+            return x, eager, fused
         if x.shape not in self.ways:
+            if len(self.ways) == MOST_SHAPES:
+                self.ways.clear()
             capture = functools.partial(captured, pool=torch.cuda.graph_pool_handle())
+            how, *_ = self.note.partition(",")
             try:
-                self.ways[x.shape] = SingleImage(self, x, capture)
-                self.note = "CUDA graphs"
+                self.ways[x.shape] = (Graphs if fused else SingleImage)(eager, x, capture)
+                self.note = f"{how}, as CUDA graphs"
             except RuntimeError as error:
-                self.ways[x.shape] = self.eager
-                self.note = f"eager, because CUDA graphs failed: {error}"
-        return self.ways[x.shape]
+                self.ways[x.shape] = eager
+                self.note = f"{how}, without CUDA graphs, which failed: {error}"
+        return x, self.ways[x.shape], fused
+
+
+def agreement(network: Prepared, exact: Prepared, batches: Iterable) -> tuple[int, float]:
+    """Return for how many images two networks predict the same, and how far their logits lie apart, relative.
+
+    `batches`: pairs of images and labels. With a policy network, each network decides for itself.
+    """
+    same, apart, whole = 0, 0.0, 0.0
+    for images, _ in batches:
+        found, expected = (
+            net(images) if net.eager.agent is None else net(images)[0] for net in (network, exact)
+        )
+        same += (found.argmax(1) == expected.argmax(1)).sum().item()
+        apart += (found - expected).square().sum().item()
+        whole += expected.square().sum().item()
+    return same, (apart / whole) ** 0.5
+
+
+def check_values(policy: Tensor) -> None:
+    """Raise ValueError for a policy on the host with values other than 0 and 1."""
+    if not ((policy == 0) | (policy == 1)).all():
+        raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
 
 
 def prepare(
@@ -176,14 +266,16 @@ def prepare(
     agent: Policy | None = None,
     precision: str = "fp32",
     device: torch.device | str | None = None,
+    policy: Tensor | None = None,
 ) -> Prepared:
-    """Return `rnet`, alone or under `agent`, made ready for inference; both stay untouched.
+    """Return `rnet`, alone, under `agent`, or under one policy (K,) for all; all stay untouched.
 
-    Batch norm folded, channels last, weights in `precision` ("fp32", "tf32", "bf16" or "fp16") on
-    `device` (None: where `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits
-    and policy (N, K). Any batch size; blocks are computed for the images that keep them and no
-    others. A single image on CUDA runs as CUDA graphs; `net.note` says so, or why not.
-    ValueError for an unknown precision or one that the device lacks.
+    Batch norm folded, weights in `precision` ("fp32", "tf32", "bf16" or "fp16") on `device` (None: where
+    `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits and policy (N, K). Any batch
+    size; blocks are computed for the images that keep them and no others. On CUDA networks for 32x32 images
+    run as one kernel in fp16 and bf16, others block by block; `net.note` says which, and why not.
+    ValueError for an unknown precision or one that the device lacks, and for a policy of another shape or
+    with values other than 0 and 1.
     """
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(DTYPES)}")
@@ -191,4 +283,7 @@ def prepare(
     has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "tf32" and not has_tf32:
         raise ValueError(f'{device} has no {precision}: choose precision "fp32"')
-    return Prepared(rnet, agent, precision, device)
+    if policy is not None:
+        rnet.check_policy(policy[None], 1)
+        check_values(policy.cpu())
+    return Prepared(rnet, agent, precision, device, policy)

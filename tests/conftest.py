@@ -1,12 +1,16 @@
 """What the tests share: the repository's root, the notebooks' step functions, data on hand."""
 
+import os
 import sys
 
 import pytest
+import torch
 from running import ROOT, step_functions
 
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU
 
 
 def pytest_addoption(parser):

@@ -37,6 +37,23 @@ def test_the_agent_decides_and_the_masked_way_does_alike(networks):
 
 
 @torch.no_grad()
+def test_one_policy_for_all(networks):
+    rnet, _ = networks
+    images, policy = torch.rand(3, 3, 32, 32), torch.tensor([1, 0, 1, 1, 0, 0, 1, 0, 1])
+    net = inference.prepare(rnet, policy=policy)
+    assert_near(net(images), rnet(images, policy.expand(3, -1)))
+    same, apart = inference.agreement(net, inference.prepare(rnet), [(images, None)])
+    assert 0 <= same <= 3 and apart > 0.01
+    assert inference.agreement(net, net, [(images, None)]) == (3, 0)
+    for wrong, message in (
+        (policy[1:], r"shape \(1, 8\), expected \(1, 9\)"),
+        (policy / 2, "values other than"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inference.prepare(rnet, policy=wrong)
+
+
+@torch.no_grad()
 def test_bottlenecks_and_their_shortcuts_fold():
     torch.manual_seed(0)
     rnet = randomized(utils.build_model("R50_ImgNet")[0])
@@ -50,23 +67,23 @@ def test_steps_for_one_image_are_the_masked_forward(networks):
     rnet, agent = networks
     first, *images = torch.rand(4, 1, 3, 32, 32)
     net = inference.prepare(rnet, agent)
-    steps = SingleImage(net, first, capture=lambda step: step)
-    alone = SingleImage(inference.prepare(rnet), first, capture=lambda step: step)
+    steps = SingleImage(net.eager, first, capture=lambda step: step)
+    alone = SingleImage(inference.prepare(rnet).eager, first, capture=lambda step: step)
     for image in images:
         assert torch.equal(steps.decide(image), net.decide(image))
         assert_near(alone.alone(image), rnet.forward_full(image))
         for policy in (torch.ones(1, 9), torch.zeros(1, 9), *torch.randint(2, (3, 1, 9)).float()):
-            assert_near(steps.under(image, policy.bool()), rnet(image, policy))
+            assert_near(steps.under(image, policy), rnet(image, policy))
 
 
 @pytest.mark.parametrize("policy_too", [True, False])
 @torch.inference_mode()
 def test_a_step_that_does_nothing_is_noticed(networks, policy_too):
     net, image, steps = inference.prepare(*networks[: 1 + policy_too]), torch.rand(1, 3, 32, 32), []
-    SingleImage(net, image, lambda step: steps.append(step) or step)
+    SingleImage(net.eager, image, lambda step: steps.append(step) or step)
     before = iter(steps[:-1])  # the last step is the decision, or all blocks at once
-    with pytest.raises(RuntimeError, match="gave another policy" if policy_too else "gave other logits"):
-        SingleImage(net, image, lambda step: step if next(before, None) else lambda: None)
+    with pytest.raises(RuntimeError, match="gave other results"):
+        SingleImage(net.eager, image, lambda step: step if next(before, None) else lambda: None)
 
 
 def test_the_networks_stay_untouched(networks):

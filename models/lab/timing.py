@@ -74,7 +74,7 @@ def rounds_of(
     inputs = images.split(size)
     calls = {name: (network, list(zip(inputs, strict=True))) for name, network in networks.items()}
     generator = torch.Generator().manual_seed(0)
-    order = torch.rand(len(images), len(blockdrop.blocks), generator=generator).argsort(1)
+    order = torch.rand(len(images), blockdrop.num_blocks, generator=generator).argsort(1)
     for k in levels:
         policies = (order < k).float().to(images.device).split(size)
         calls[k] = (decide_and_run, list(zip(inputs, policies, strict=True)))
