@@ -1,0 +1,1 @@
+"""The networks, and the ways to run them."""

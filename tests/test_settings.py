@@ -9,8 +9,6 @@ from conftest import NOTEBOOKS, ROOT
 
 from models.lab import settings
 
-HOME = Path.home()
-
 
 def parameters(name):
     """The cell with a notebook's settings."""
@@ -43,15 +41,14 @@ def test_every_setting_is_in_the_table_and_refuses_another_kind(name):
     [
         ("epochs", (0, 2.5, True, "many"), "a whole number, 1 or more"),
         ("lr_rnet", (-1, float("nan"), float("inf")), "a number, 0 or more"),
-        ("averaging", (0.9,), "a number, 0 or more and 0.85 or less"),
-        ("alpha", (1, (0.8, 0.5)), "a number, 0.51 or more and below 1"),
+        ("averaging", (0.9,), "a number, 0 or more, 0.85 or less"),
+        ("alpha", (1, (0.8, 0.5)), "a number, 0.51 or more, below 1"),
         ("penalty", (0, (-1, "none")), "a number, below 0"),
         ("penalty", ((-1, -1, -1), []), "one value, or two: policy training's and finetuning's"),
         ("resume", ("yes", 1), "True or False"),
         ("data_dir", ("", None), "a text in quotes"),
         ("batch_sizes", ([8, 0], "[1, 'a']"), "a whole number, 1 or more"),
-        ("batch_sizes", ([],), "one value, or more"),
-        ("image", (None, -1), "a test image's number or a file's path"),
+        ("image", (None, -1), "a file's path or a test image's number, 0 or more"),
     ],
 )
 def test_what_a_setting_may_be_is_said(setting, values, expected):
@@ -67,13 +64,10 @@ def test_what_a_setting_may_be_is_said(setting, values, expected):
         ("epochs", 3.0, 3),
         ("resume", "False", False),
         ("max_images", "None", None),
-        ("data_dir", "~/my data#1", str(HOME / "my data#1")),
-        ("start_from", "~/a.t7", str(HOME / "a.t7")),
-        ("penalty", -2, (-2, -2)),
+        ("data_dir", "~/my data#1", str(Path.home() / "my data#1")),
         ("penalty", "-1e1", (-10.0, -10.0)),
         ("lr_policy", "[1e-3, 1e-6]", (1e-3, 1e-6)),
         ("batch_sizes", "[1,8]", (1, 8)),
-        ("batch_sizes", 8, (8,)),
         ("image", "7", 7),
         ("image", "7.png", "7.png"),
     ],
@@ -83,12 +77,7 @@ def test_settings_are_read_as_they_are_meant(setting, given, meant):
 
 
 @pytest.mark.parametrize(
-    ("given", "nearest"),
-    [
-        ("max_epoch_training", "max_epochs_training"),
-        ("smallcrops", "small_crops"),
-        ("alpha_finetuning", "alpha"),
-    ],
+    ("given", "nearest"), [("max_epoch_training", "max_epochs_training"), ("alpha_finetuning", "alpha")]
 )
 def test_a_misspelled_setting_is_refused_with_the_nearest(given, nearest):
     with pytest.raises(ValueError, match=rf"there is no setting '{given}': do you mean {nearest}\?"):

@@ -26,7 +26,7 @@ def test_weights_come_from_cv_dir_else_from_those_that_ship(tmp_path, at_root):
         utils.get_model("R44_C10", "cpu", tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"garbage", b"PK\x03\x04"])
+@pytest.mark.parametrize("content", [None, b"garbage"])
 def test_imagenet_weights_that_are_damaged_or_cant_be_fetched(monkeypatch, tmp_path, content):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
@@ -57,19 +57,13 @@ def test_imagenet_starts_from_torchvisions_weights(monkeypatch, tmp_path):
     assert torch.equal(agent.features.blocks[2][0].conv2.weight, resnet18.layer3[0].conv2.weight)
 
 
-@pytest.mark.parametrize(("model", "size"), [("R20_SYN", 32), ("R50_ImgNet", 64)])
-def test_flops_agree_with_pytorchs_counter(model, size):
-    rnet, agent = utils.build_model(model)
-    torch.manual_seed(0)
-    policies, image = torch.randint(2, (3, rnet.num_blocks)).float(), torch.rand(1, 3, size, size)
-    for policy, flops in zip(policies, utils.count_flops(rnet, policies, agent, size), strict=True):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            agent.eval()(image)
-            rnet.eval().forward_single(image, policy)
-        assert flops.item() == counter.get_total_flops()
-
-
-def test_flops_of_resnet110_are_the_originals():
+def test_flops_agree_with_pytorchs_counter_and_the_original():
+    rnet, agent = utils.build_model("R50_ImgNet")
+    policy, image = torch.arange(16) % 2, torch.rand(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        agent.eval()(image)
+        rnet.eval().forward_single(image, policy)
+    assert utils.count_flops(rnet, policy[None], agent, 64).item() == counter.get_total_flops()
     assert f"{utils.count_flops(utils.build_model('R110_C10')[0]).item():.1E}" == "5.1E+08"
 
 

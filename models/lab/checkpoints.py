@@ -6,6 +6,7 @@ before 1.6), torchvision's, and state dicts of our networks that other tools hav
 
 import argparse
 import hashlib
+import io
 import os
 import pickle
 import re
@@ -22,19 +23,15 @@ from models.lab.distributed import rank, wait_for_all
 from models.lab.files import advice, written_whole
 
 _GET_AGAIN = "Get the file again, or train it with the notebooks"
-_CHOOSE_MODEL = "Choose the `model` that the file was trained for"
+_CHOOSE_MODEL = "Choose the `model` that the file was trained for, or another file"
 
-# Classes in files of the original and of other tools beside tensors: parsed arguments, NumPy's numbers
-# and arrays, under the names that they had before and after NumPy 2.
-_SCALAR = np.float64(0).__reduce__()[0]
-_ARRAY = np.zeros(1).__reduce__()[0]
+# Classes in files of the original beside tensors: parsed arguments, and NumPy's numbers, under the names
+# that they had before and after NumPy 2.
 _SAFE_GLOBALS = [
     argparse.Namespace,
     np.dtype,
-    np.ndarray,
     *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-    *((_ARRAY, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
 
 
@@ -50,16 +47,14 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     """
     path = Path(path)
     if rank() == 0:
+        content = io.BytesIO()
+        torch.save(state, content)
         try:
             with written_whole(path) as file:
-                torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-            while not isinstance(error, OSError) and error.__context__ is not None:
-                error = error.__context__  # torch hides the operating system's word
-            todo = advice(error, path) if isinstance(error, OSError) else "choose another folder"
-            raise RuntimeError(
-                f"could not write {path} ({error}): {todo}; whatever stood there before is unharmed"
-            ) from error
+                file.write(content.getbuffer())
+        except OSError as error:
+            todo = f"{advice(error, path)}; whatever stood there before is unharmed"
+            raise RuntimeError(f"could not write {path} ({error}): {todo}") from error
     wait_for_all()
     return path
 
@@ -71,36 +66,30 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}: check the path, or train it with the notebooks"
-        )
-    _check_archive(path)
+        raise FileNotFoundError(f"there is no checkpoint {path}: check the path, or train it first")
     try:
+        _check_archive(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in torch.load in many ways
         raise CheckpointError(f"{path} was not loaded: {_refused(error)}") from error
     if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise CheckpointError(f"{path} holds a {kind}, not a dict of weights: name another file")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a dict: name another file")
     return dict(content)
 
 
 def _refused(error: Exception) -> str:
     """Say why torch.load refused a file: what it asks for, or that it is damaged."""
     foreign = re.search(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) (\S+)", str(error))
-    if not isinstance(error, pickle.UnpicklingError) or not foreign:
-        why = f" ({error})" if isinstance(error, OSError) else ""
-        return f"it is truncated, damaged or not a PyTorch file{why}. {_GET_AGAIN}"
-    if re.search(r"(^|\.)(models?|resnet|torch\.nn|torchvision|__main__)\.", foreign[1]):
-        todo = "Save the network's state_dict() instead"
-        return f"it holds a whole network ({foreign[1]}), which takes running its code. {todo}"
-    return f"it asks for {foreign[1]}, which could run code. {_GET_AGAIN}"
+    if isinstance(error, pickle.UnpicklingError) and foreign:
+        return f"it asks for {foreign[1]}, which could run code. Save a network's state_dict() alone"
+    why = f" ({error})" if isinstance(error, (OSError, zipfile.BadZipFile)) else ""
+    return f"it is truncated, damaged or not a PyTorch file{why}. {_GET_AGAIN}"
 
 
 def _check_archive(path: Path) -> None:
-    """Raise CheckpointError for a zip archive that grows in unpacking or whose checksums are wrong.
+    """Raise BadZipFile for a zip archive that grows in unpacking or whose checksums are wrong.
 
     torch.save compresses nothing, and torch.load does not look at the checksums.
     """
@@ -111,14 +100,9 @@ def _check_archive(path: Path) -> None:
     with archive:
         unpacked = sum(member.file_size for member in archive.infolist())
         if unpacked > path.stat().st_size:
-            problem = f"it would unpack to {unpacked:,} bytes, as no checkpoint does"
-            raise CheckpointError(f"{path} was not loaded: {problem}. {_GET_AGAIN}")
-        try:
-            damaged = archive.testzip()
-        except Exception:  # zipfile fails in many ways, too
-            damaged = "an entry"
-    if damaged:
-        raise CheckpointError(f"{path} was not loaded: {damaged} in it is damaged. {_GET_AGAIN}")
+            raise zipfile.BadZipFile(f"it would unpack to {unpacked:,} bytes, as no checkpoint does")
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} in it is damaged")
 
 
 def load_checkpoint(
@@ -136,20 +120,16 @@ def load_checkpoint(
 
 
 def load_states(
-    states: Mapping[str, Mapping],
-    rest: Mapping,
-    path: str | os.PathLike,
-    rnet: nn.Module | None,
-    agent: nn.Module | None,
+    states: Mapping, rest: Mapping, path: str | os.PathLike, rnet: nn.Module | None, agent: nn.Module | None
 ) -> None:
     """Load what `split` returned of the checkpoint `path` into both networks, or into neither."""
-    pairs, kinds = [], {"resnet": "a ResNet", "agent": "a policy"}
+    pairs = []
     for network, name in ((rnet, "resnet"), (agent, "agent")):
         if network is None:
             continue
         if name not in states:
-            has = " and ".join(kinds[n] for n in states) or "no weights"
-            raise CheckpointError(f"{path} holds {has}, and {kinds[name]} is needed: name another file")
+            has = " and ".join(states) or "no weights"
+            raise CheckpointError(f"{path} holds {has}, but no {name}, which is needed: name another file")
         trained_as, expected = _model_of(rest), getattr(network, "model", None)
         if trained_as and expected and trained_as != expected:
             raise CheckpointError(f"{path} was trained as {trained_as}, not as {expected}. {_CHOOSE_MODEL}")
@@ -160,10 +140,10 @@ def load_states(
 
 def _model_of(content: Mapping) -> str | None:
     """Return the model name that a checkpoint was trained as; None where it does not say."""
-    lineage = content.get("lineage")
-    last = lineage[-1] if isinstance(lineage, list) and lineage else content  # older files: no lineage
-    settings = last.get("settings") if isinstance(last, Mapping) else None
-    return settings.get("model") if isinstance(settings, Mapping) else None
+    try:
+        return content.get("lineage", [content])[-1]["settings"]["model"]  # older files: no lineage
+    except (KeyError, IndexError, TypeError):
+        return None
 
 
 def load_features(path: str | os.PathLike, agent: nn.Module) -> None:
@@ -172,32 +152,27 @@ def load_features(path: str | os.PathLike, agent: nn.Module) -> None:
     The file is one of ResNet-8 (ResNet-18 for ImageNet), or of a deeper one of the same kind: the first
     blocks of each segment are taken. On FileNotFoundError or CheckpointError nothing is loaded.
     """
-    todo = "Name a file of ResNet-8, or of ResNet-18 for ImageNet"
-    _load_flat(read_checkpoint(path), agent.features, str(path), todo)
+    load_weights_to_flatresnet(read_checkpoint(path), agent.features, str(path))
 
 
-def load_weights_to_flatresnet(source: nn.Module | Mapping, target: nn.Module) -> nn.Module:
+def load_weights_to_flatresnet(
+    source: nn.Module | Mapping, target: nn.Module, where: str = "the source"
+) -> nn.Module:
     """Copy the weights of a plain ResNet into the FlatResNet `target` and return it.
 
-    `source`: a torchvision ResNet (or another with its names), its state dict, or a checkpoint dict. A
-    target without classifier, as in a policy network, may be a part of the source: the first blocks of
-    each segment. CheckpointError where the weights don't fit.
+    `source`: a torchvision ResNet (or another with its names), its state dict, or a checkpoint dict; `where`
+    names it in errors. A target without classifier, as in a policy network, may be a part of the source: the
+    first blocks of each segment. CheckpointError where the weights don't fit.
     """
-    content = source.state_dict() if isinstance(source, nn.Module) else source
-    _load_flat(content, target, "the source", _CHOOSE_MODEL)
-    return target
-
-
-def _load_flat(content: Mapping, target: nn.Module, where: str, todo: str) -> None:
-    """Load a ResNet's weights; where `target` has no classifier, those that it has a place for."""
-    states, _ = split(content, where)
+    states, _ = split(source.state_dict() if isinstance(source, nn.Module) else source, where)
     if "resnet" not in states:
         raise CheckpointError(f"{where} holds no ResNet: give a ResNet's file or state dict")
     state = states["resnet"]
     if isinstance(target.fc, nn.Identity):
         wanted = target.state_dict()
         state = {key: value for key, value in state.items() if key in wanted}
-    target.load_state_dict(_fitted(target, state, f"the ResNet in {where}", todo))
+    target.load_state_dict(_fitted(target, state, f"the ResNet in {where}"))
+    return target
 
 
 def newest_checkpoint(folder: str | os.PathLike, prefix: str) -> Path | None:
@@ -211,8 +186,7 @@ def newest_checkpoint(folder: str | os.PathLike, prefix: str) -> Path | None:
 
     def age(path: Path) -> tuple[float, ...]:
         content = read_checkpoint(path)
-        values = [_plain(content.get(name)) for name in ("saved", "epoch")]
-        return tuple(value if isinstance(value, (int, float)) else 0 for value in values)
+        return tuple(_plain(content.get(name, 0)) for name in ("saved", "epoch"))
 
     return max(files, key=age)
 
@@ -266,20 +240,13 @@ def _our_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _fitted(network: nn.Module, state: Mapping, what: str, todo: str = _CHOOSE_MODEL) -> dict[str, Tensor]:
+def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
     """Return `state` complete and checked for `network`, or raise CheckpointError saying why not."""
     expected = network.state_dict()
     # Files from before PyTorch 0.4.1 don't count batches; nothing here uses the count.
     state = {k: v for k, v in expected.items() if k.endswith("num_batches_tracked")} | dict(state)
     if problem := _problem(state, expected):
-        has, needs = _blocks(state), _blocks(expected)
-        if has != needs:  # the usual reason
-            problem += f" (blocks in the file: {has or 'none'}, in the network: {needs})"
-        elif state.keys() - expected.keys() and expected.keys() - state.keys():
-            todo = (
-                "The file's network is built or named otherwise than this one: train it with rnet_sole.ipynb"
-            )
-        raise CheckpointError(f"{what} does not fit the network: {problem}. {todo}")
+        raise CheckpointError(f"{what} does not fit the network: {problem}. {_CHOOSE_MODEL}")
     return state
 
 
@@ -295,19 +262,11 @@ def _problem(state: Mapping, expected: Mapping[str, Tensor]) -> str | None:
             return f"{key} is not a tensor"
         if value.shape != wanted.shape:
             return f"{key} is {tuple(value.shape)}, not {tuple(wanted.shape)}"
-        plain = value.layout == wanted.layout and not value.is_complex()
-        if not plain or value.is_floating_point() != wanted.is_floating_point():
+        if value.layout != wanted.layout or not torch.can_cast(value.dtype, wanted.dtype):
             return f"{key} holds {value.dtype}, not {wanted.dtype}"
         if not value.to(wanted.dtype).isfinite().all():
             return f"{key} has values that are not finite"
     return None
-
-
-def _blocks(state: Mapping[str, object]) -> str:
-    """Return the number of blocks in each segment of a state dict's network, such as 3+4+6+3."""
-    found = {m.groups() for k in state if (m := re.match(r"(?:features\.)?blocks\.(\d+)\.(\d+)\.", k))}
-    segments = [segment for segment, _ in found]
-    return "+".join(str(segments.count(segment)) for segment in sorted(set(segments), key=int))
 
 
 def _plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 from torchvision.datasets.utils import check_integrity
 
@@ -24,15 +25,10 @@ from models.lab.distributed import first_goes_first, num_processes, rank
 from models.lab.files import written_whole
 from models.lab.names import NUM_CLASSES, parse_model
 
-# Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10
-# alone; its checkpoints depend on it.
-R32_C10_STATISTICS = (
-    tuple(x / 255 for x in (125.3, 123.0, 113.9)),
-    tuple(x / 255 for x in (63.0, 62.1, 66.7)),
-)
+# Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10 alone.
+R32_C10_STATISTICS = np.divide(((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)), 255).tolist()
 IMAGENET_RESIZE, IMAGENET_CROP = 256, 224  # pixels
 IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
 HOLDOUT = 0.1  # share of the training images that is kept out of training, to tune and choose by
 WORKERS = 4  # processes that read ImageNet's files; another number draws other crops
 
@@ -42,7 +38,8 @@ class Images(Dataset):
 
     `images`: (N, 3, H, W) uint8. `labels`: (N,) int64. `difficulty`: (N,) float32, or None where
     it is not known. `statistics`: mean and deviation per channel. With `augment`, reading pads by
-    4 black pixels, crops at random to the old size and flips with probability 1/2.
+    4 black pixels, crops at random to the old size and flips with probability 1/2. `transform`: from
+    a picture of any size to an input that is not augmented.
     """
 
     PADDING = 4  # pixels
@@ -61,6 +58,8 @@ class Images(Dataset):
         mean, std = statistics or ((0, 0, 0), (1, 1, 1))
         self.mean = torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
         self.std = torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+        fit = [transforms.Resize(images.shape[-1]), transforms.CenterCrop(images.shape[-1])]
+        self.transform = transforms.Compose([*fit, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -82,7 +81,8 @@ class Images(Dataset):
             n = len(indices)
             top, left = torch.randint(2 * self.PADDING + 1, (2, n, 1), generator=generator)
             flip = torch.rand(n, 1, generator=generator) < 0.5
-            images = self._crop_and_flip(images, *(x[share].to(images.device) for x in (top, left, flip)))
+            places = (x[share].to(images.device, non_blocking=True) for x in (top, left, flip))
+            images = self._crop_and_flip(images, *places)
         inputs = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
         return inputs.sub_(self.mean).div_(self.std), labels
 
@@ -123,16 +123,10 @@ def get_dataset(
     ones of CIFAR and SYN, some of all classes of ImgNet. ValueError for an unknown model,
     FileNotFoundError for missing data that can't be had.
     """
-    name, root = parse_model(model).dataset, Path(root)
-    if name == "ImgNet":
-        datasets = _imagenet(root)
-    else:
-        with first_goes_first():  # it downloads or draws
-            if name == "SYN":
-                datasets = [_syn(root, train) for train in (True, False)]
-            else:
-                statistics = R32_C10_STATISTICS if model == "R32_C10" else None
-                datasets = [_cifar(name, root, train, statistics) for train in (True, False)]
+    by_name = {"ImgNet": _imagenet, "SYN": _syn}
+    read = by_name.get(parse_model(model).dataset, functools.partial(_cifar, model))
+    with first_goes_first():  # it downloads or draws
+        datasets = [read(Path(root), train) for train in (True, False)]
     trainset, testset = datasets if max_images is None else (_first(d, max_images) for d in datasets)
     return trainset, testset
 
@@ -146,35 +140,21 @@ def _first(dataset: Dataset, max_images: int) -> Dataset:
     return dataset
 
 
-def _cifar(dataset: str, root: Path, train: bool, statistics) -> Images:
-    cifar = {"C10": torchvision.datasets.CIFAR10, "C100": torchvision.datasets.CIFAR100}[dataset]
+def _cifar(model: str, root: Path, train: bool) -> Images:
+    cifar = torchvision.datasets.CIFAR100 if model.endswith("C100") else torchvision.datasets.CIFAR10
     try:
         data = cifar(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
+        files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
+        paths = ((root / cifar.base_folder / name, md5) for name, md5 in files)
+        bad = next((path for path, md5 in paths if not check_integrity(path, md5)), root)
         raise FileNotFoundError(
-            f"{_what_is_wrong(cifar, root)} and could not be downloaded ({error}): connect to "
+            f"{bad} is missing or damaged and could not be downloaded ({error}): connect to "
             f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
         ) from error
-    last = NUM_CLASSES[dataset] - 1
-    for index, label in enumerate(data.targets):
-        if not 0 <= label <= last:
-            files = cifar.train_list if train else cifar.test_list  # of equal size
-            path = root / cifar.base_folder / files[index * len(files) // len(data.targets)][0]
-            raise ValueError(f"{path} has the label {label}, outside 0 to {last}: get the file again")
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    statistics = R32_C10_STATISTICS if model == "R32_C10" else None
     return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
-
-
-def _what_is_wrong(cifar: type[torchvision.datasets.CIFAR10], root: Path) -> str:
-    """Name the first file of CIFAR that is missing or not the official one."""
-    folder = root / cifar.base_folder
-    if not folder.is_dir():
-        return f"{cifar.__name__} is not in {root}"
-    files = [*cifar.train_list, *cifar.test_list, (cifar.meta["filename"], cifar.meta["md5"])]
-    for name, md5 in files:
-        if not check_integrity(folder / name, md5):
-            return f"{folder / name} is {'damaged' if (folder / name).exists() else 'missing'}"
-    return f"{folder} can't be read"
 
 
 def _syn(root: Path, train: bool) -> Images:
@@ -191,48 +171,22 @@ def _syn(root: Path, train: bool) -> Images:
     return Images(images, labels, syn.CLASSES, difficulty=difficulty, augment=train)
 
 
-class _ImageFolder(torchvision.datasets.ImageFolder):
-    """ImageNet's images, without what file managers and notebooks leave beside them."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = sorted(e.name for e in os.scandir(directory) if e.is_dir() and e.name[0] not in "._")
-        if not classes:
-            raise FileNotFoundError(f"there is no class folder in {directory}")
-        return classes, {name: number for number, name in enumerate(classes)}
-
-
-def _is_image(path: str) -> bool:
-    return os.path.basename(path)[0] != "." and torchvision.datasets.folder.is_image_file(path)
-
-
-def _imagenet(root: Path) -> list[Dataset]:
-    normalize = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
-    resize = transforms.Resize(IMAGENET_RESIZE)
-    train = [resize, transforms.RandomCrop(IMAGENET_CROP), transforms.RandomHorizontalFlip()]
-    test = [resize, transforms.CenterCrop(IMAGENET_CROP)]
-    datasets = []
-    for folder, transform in (("train", train), ("val", test)):
-        path = root / folder
-        if not path.is_dir():
-            raise FileNotFoundError(
-                f"there is no folder {path}: ImageNet is expected as {root / 'train'} and "
-                f"{root / 'val'}, each with a folder of images per class"
-            )
-        transform = transforms.Compose(transform + normalize)
-        try:
-            datasets.append(_ImageFolder(path, transform, loader=_read, is_valid_file=_is_image))
-        except FileNotFoundError as error:  # no folder in it, or one without images
-            what = str(error).strip(" .")
-            raise FileNotFoundError(f"{what}: expected a folder of images per class in {path}") from error
-    train_classes, test_classes = (dataset.classes for dataset in datasets)
-    if alone := sorted(set(train_classes) ^ set(test_classes)):
-        where = root / ("train" if alone[0] in train_classes else "val")
-        raise ValueError(f"the class folder {alone[0]} is in {where} alone: remove it, or complete the other")
-    if len(train_classes) != NUM_CLASSES["ImgNet"]:
-        raise ValueError(f"{root / 'train'} has {len(train_classes)} class folders, expected ImageNet's 1000")
-    for dataset in datasets:  # the folders are called n01440764 and so on
-        dataset.classes = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
-    return datasets
+def _imagenet(root: Path, train: bool) -> Dataset:
+    augment = [transforms.RandomCrop(IMAGENET_CROP), transforms.RandomHorizontalFlip()]
+    crop = augment if train else [transforms.CenterCrop(IMAGENET_CROP)]
+    to_input = [transforms.ToTensor(), transforms.Normalize(*IMAGENET_STATISTICS)]
+    transform = transforms.Compose([transforms.Resize(IMAGENET_RESIZE), *crop, *to_input])
+    folder = root / ("train" if train else "val")
+    try:
+        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=_read)
+    except FileNotFoundError as error:  # no such folder, no folder in it, or one without images
+        expected = f"{root / 'train'} and {root / 'val'} are to have a folder of ImageNet's images per class"
+        raise FileNotFoundError(f"{error}: {expected}") from error
+    if len(dataset.classes) != NUM_CLASSES["ImgNet"]:
+        raise ValueError(f"{folder} has {len(dataset.classes)} class folders, expected ImageNet's 1000")
+    # The folders are called n01440764 and so on.
+    dataset.classes = list(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+    return dataset
 
 
 def split(
@@ -267,32 +221,23 @@ def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple
     `source`: its number in the data set, or a file, which is scaled and cut to the data set's size.
     IndexError without that number, FileNotFoundError without the file, ValueError if it is no image.
     """
-    is_number = isinstance(source, int)
-    if not isinstance(dataset, Images):
-        resize, crop, *to_input = dataset.transform.transforms
-        image = _read(dataset.samples[source][0]) if is_number else _read(source, _as_shown)
-        image = crop(resize(image))
-        return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
-    if is_number:
-        shown = dataset.images[source].permute(1, 2, 0)
+    if not isinstance(source, int):
+        image = _read(source, _as_shown)
+    elif isinstance(dataset, Images):
+        image = Image.fromarray(dataset.images[source].permute(1, 2, 0).numpy())
     else:
-        size = dataset.images.shape[-1]
-        fit = transforms.Compose([transforms.Resize(size), transforms.CenterCrop(size)])
-        shown = torch.from_numpy(np.array(fit(_read(source, _as_shown))))
-    inputs = shown.permute(2, 0, 1).float().div(255)
-    return shown, (inputs - dataset.mean[0]) / dataset.std[0]
+        image = _read(dataset.samples[source][0])
+    resize, crop, *to_input = dataset.transform.transforms
+    image = crop(resize(image))
+    return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
 
 
 def _as_shown(path: str | os.PathLike) -> Image.Image:
     """Read a picture file as an image viewer shows it: upright, transparent parts white, 16 bits as 8."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
-        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-            values = np.asarray(image, np.float64)
-            white = 1 if image.mode == "F" else 2**16 - 1
-            if not ((values >= 0) & (values <= white)).all():
-                raise ValueError(f"its values are not between 0 and {white}")
-            image = Image.fromarray(np.uint8(np.rint(255 / white * values)))
+        if image.mode.startswith("I"):
+            image = Image.fromarray(np.uint8(np.rint(np.asarray(image) / 257).clip(0, 255)))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -317,68 +262,69 @@ class Loader:
     Small images (`Images`) lie on the device whole, in bytes, and are prepared there; others come
     from worker processes. With `shuffle`, each pass is in a new order, drawn from `generator`,
     as the small images' augmentation is. Where several processes train together, `batch_size` and length
-    mean all of them, and each gets its share of every batch.
-    ValueError, with `shuffle`, for a batch size that can't be shared.
+    mean all of them, and each gets its share of every batch; ValueError where it can't, with `shuffle`.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device | str, shuffle: bool = False):
         self.device, self.batch_size, self.shuffle = torch.device(device), batch_size, shuffle
-        self.num_images = len(dataset)
+        self.dataset, self.num_images = dataset, len(dataset)
         self.generator = torch.Generator()
         n = num_processes()
         self.share = slice(rank(), None, n)
-        if shuffle and batch_size % n:
+        last = self.num_images % batch_size or batch_size
+        if shuffle and (batch_size % n or last < n):
             raise ValueError(
-                f"batch_size is {batch_size}, which {n} processes can't share evenly: "
-                f"choose a multiple of {n}"
-            )
-        if shuffle and 0 < (last := self.num_images % batch_size) < n:
-            raise ValueError(
-                f"the last batch of {self.num_images} images has {last}, too few for {n} processes: "
-                "choose another batch_size"
+                f"{n} processes can't share batches of {batch_size} images, the last of {last}: choose a "
+                f"batch_size that is a multiple of {n} and leaves {n} or more images for the last"
             )
         self.images = dataset.to(device) if isinstance(dataset, Images) else None
-        if self.images is None:
-            # Forked, workers don't run a script from its top, as other start methods make them.
-            fork = _num_cores() > 1 and "fork" in multiprocessing.get_all_start_methods()
-            self.loader = DataLoader(
-                dataset,
-                batch_sampler=_Shares(self),
-                collate_fn=_collate,
-                num_workers=min(WORKERS, _num_cores()) if fork else 0,
-                multiprocessing_context="fork" if fork else None,
-                pin_memory=self.device.type == "cuda",
-            )
 
     def __len__(self) -> int:
         return math.ceil(self.num_images / self.batch_size)
 
-    def batches(self) -> Sequence[Tensor]:
-        """Return the indices (n,) of all batches of a pass, the shares of all processes together."""
-        if self.shuffle:
-            order = torch.randperm(self.num_images, generator=self.generator)
-        else:
-            order = torch.arange(self.num_images)
-        return order.split(self.batch_size)
+    @property
+    def image_size(self) -> int:
+        """The images' width and height in pixels."""
+        return self.dataset[0][0].shape[-1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        n = self.num_images
+        order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
+        batches = order.split(self.batch_size)  # of all processes together
         if self.images is not None:
-            for indices in self.batches():
-                yield self.images.read(indices.to(self.device), self.share, self.generator)
+            for indices in batches:
+                yield self.images.read(indices.to(self.device, non_blocking=True), self.share, self.generator)
             return
+        shares = [indices[self.share].tolist() for indices in batches]
         try:
-            for inputs, labels in self.loader:
+            for inputs, labels in self._by_workers([share for share in shares if share]):
                 inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
                 yield inputs, labels.to(self.device, non_blocking=True)
         except ValueError as error:  # a worker's, with its traceback as text
             raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-        except RuntimeError as error:
-            if "shared memory" not in str(error) and "Bus error" not in str(error):
-                raise
-            raise RuntimeError(
-                "/dev/shm is too small for the worker processes that read the images: enlarge it (docker "
-                "run --shm-size=8g), or lower batch_size"
-            ) from error
+
+    def _by_workers(self, batches: Sequence[Sequence[int]]) -> DataLoader:
+        """Return what reads batches of images, given by their indices, in worker processes."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        fork = cores > 1 and "fork" in multiprocessing.get_all_start_methods()
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            num_workers=min(WORKERS, cores) if fork else 0,
+            # Forked, workers don't run a script from its top, as other start methods make them.
+            multiprocessing_context="fork" if fork else None,
+            pin_memory=self.device.type == "cuda",
+        )
+
+
+def loaders(
+    model: str, batch_size: int, device: torch.device, root: str = "data/", max_images: int | None = None
+) -> tuple[Loader, Loader, Loader]:
+    """Return the batches of a model's training, held-out and test images, and print how many there are."""
+    trainset, valset, testset = split(model, root, max_images)
+    print(f"{model}: {len(trainset)} training, {len(valset)} held-out, {len(testset)} test images")
+    tests = (Loader(part, test_batch_size(model), device) for part in (valset, testset))
+    return Loader(trainset, batch_size, device, shuffle=True), *tests
 
 
 def crop_share(epoch: int, epochs: int, small_crops: float) -> float:
@@ -405,26 +351,3 @@ def random_crop(images: Tensor, share: float, generator: torch.Generator | None 
     left = torch.randint(width - columns + 1, (), generator=generator)
     crop = images[:, :, top : top + rows, left : left + columns]
     return crop.contiguous(memory_format=torch.channels_last)
-
-
-def _num_cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _collate(images: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-    """Join images of ImageNet to a batch; a process's share of the last one may be empty."""
-    if images:
-        return default_collate(images)
-    return torch.empty(0, 3, IMAGENET_CROP, IMAGENET_CROP), torch.empty(0, dtype=torch.int64)
-
-
-class _Shares:
-    """A process's share of a loader's batches, as lists of indices for a DataLoader."""
-
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for indices in self.loader.batches():
-            yield indices[self.loader.share].tolist()

@@ -15,24 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PATIENCE = timedelta(minutes=15)  # for the others in a step or a test; a process that dies ends all at once
-PATIENCE_FOR_DATA = timedelta(hours=2)  # for the first process, which downloads
+PATIENCE = timedelta(hours=2)  # for the first process, which downloads; one that dies ends all at once
 GRACE = 5  # seconds; an error that all processes have is reported by the first one, whose end ends all
-
-_waiting_for_data: dist.ProcessGroup | None = None
 
 
 def join_processes(device: torch.device) -> None:
     """Join the other processes where `torchrun` started this one; only the first goes on printing."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
         return
-    global _waiting_for_data
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device, timeout=PATIENCE)
-    else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
-    _waiting_for_data = dist.new_group(backend="gloo", timeout=PATIENCE_FOR_DATA)
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)
     atexit.register(dist.destroy_process_group)
     sys.excepthook = _end_at_once
     if rank() > 0:
@@ -111,10 +103,10 @@ def gathered(rows: Tensor) -> Tensor:
 def first_goes_first() -> Iterator[None]:
     """Let the first process run a block before the others, which then find what it has written."""
     if rank() > 0:
-        dist.barrier(_waiting_for_data)
+        wait_for_all()
     yield
-    if rank() == 0 and dist.is_initialized():
-        dist.barrier(_waiting_for_data)
+    if rank() == 0:
+        wait_for_all()
 
 
 def wait_for_all() -> None:

@@ -8,30 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_ADVICE = {
-    errno.ENOSPC: "free some space, or choose another folder",
-    errno.EDQUOT: "your quota is used up: free some space, or choose another folder",
-    errno.EROFS: "the file system can only be read: choose another folder",
-    errno.ENOTDIR: "a file stands where a folder is needed: move it away, or choose another folder",
-    errno.EEXIST: "a file stands where a folder is needed: move it away, or choose another folder",
-    errno.EISDIR: "a folder stands where a file is needed: move it away",
-    errno.ENAMETOOLONG: "choose a shorter path",
-}
-
 
 def advice(error: OSError, path: str | os.PathLike) -> str:
-    """Return what to do about an error of the operating system with `path`, by its number."""
-    if error.errno in (errno.EACCES, errno.EPERM):
-        return f"{_owner(Path(path))} may write there: ask for permission, or choose another folder"
-    return _ADVICE.get(error.errno, "choose another folder")
-
-
-def _owner(path: Path) -> str:
-    """Return who owns the path, or the nearest folder above it that can be seen."""
-    for place in (path, *path.parents):
-        with contextlib.suppress(OSError, KeyError, NotImplementedError):
-            return f"only {place.owner()}, who owns {place},"
-    return "only its owner"
+    """Return what to do about an error of the operating system in writing `path`."""
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"you may not write {path}: ask its owner, or choose another folder"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a file stands where a folder is needed: move it away, or choose another folder"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return "free some space, or choose another folder" if full else "choose another folder"
 
 
 @contextlib.contextmanager

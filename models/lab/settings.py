@@ -17,21 +17,23 @@ RECIPES = Path(__file__).resolve().parent.parent.parent / "results" / "recipes"
 
 
 class Rule(NamedTuple):
-    """What a setting may be.
-
-    `kind`: number, whole, switch, text, path, or source (a number or a path). `low` and `high` bound it,
-    inclusive; with `below`, `high` itself is out. `several`: 2 for one value per stage, math.inf for a list.
-    """
+    """What a setting may be."""
 
     notebooks: str  # s: rnet_sole, t: blockdrop_training, i: blockdrop_inference
-    kind: str
-    low: float = -math.inf
+    kind: str  # text, path, or one of KINDS
+    low: float = -math.inf  # inclusive, as `high` is
     high: float = math.inf
-    below: bool = False
+    below: bool = False  # `high` itself is out
     none: bool = False
-    several: float = 1
+    several: float = 1  # 2: one value per stage; math.inf: a list
 
 
+KINDS = {
+    "number": "a number",
+    "whole": "a whole number",
+    "switch": "True or False",
+    "source": "a file's path or a test image's number",
+}
 RULES = {
     "model": Rule("sti", "text"),
     "recipe": Rule("st", "switch"),
@@ -67,12 +69,12 @@ RULES = {
     "cv_dir": Rule("sti", "path"),
     "results_dir": Rule("i", "path", none=True),
 }
-LETTERS = {"rnet_sole": "s", "blockdrop_training": "t", "blockdrop_inference": "i"}
 
 
 def names_of(notebook: str) -> list[str]:
     """Return the names of a notebook's settings."""
-    return [name for name, rule in RULES.items() if LETTERS[notebook] in rule.notebooks]
+    letter = {"rnet_sole": "s", "blockdrop_training": "t", "blockdrop_inference": "i"}[notebook]
+    return [name for name, rule in RULES.items() if letter in rule.notebooks]
 
 
 def read_settings(notebook: str, namespace: MutableMapping) -> None:
@@ -86,7 +88,8 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     names = names_of(notebook)
     # On the first call nothing but settings and imports has been defined: a further name was misspelled.
     if not namespace.get("_settings_read"):
-        refuse_unknown((name for name, value in namespace.items() if _is_plain(name, value)), names)
+        defined = [n for n, v in namespace.items() if not (callable(v) or isinstance(v, types.ModuleType))]
+        refuse_unknown((n for n in defined if not n.startswith("_") and n not in ("In", "Out")), names)
     model = namespace["model"]
     parse_model(model)
     recipe = read_recipe(notebook, model) if "recipe" in names else {}
@@ -102,7 +105,8 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     others = [name for name in recipe if namespace[name] != recipe[name]]
     if others:
         print(f"These settings differ from the recipe of {model}, which recipe = True takes:")
-        print("\n".join(f"    {name} = {namespace[name]!r}, there {recipe[name]!r}" for name in others))
+        for name in others:
+            print(f"    {name} = {namespace[name]!r}, there {recipe[name]!r}")
     namespace["_settings_read"] = True
 
 
@@ -113,12 +117,6 @@ def refuse_unknown(given: Iterable[str], names: Iterable[str]) -> None:
             near = [known for known in names if name.startswith(known)]
             near += difflib.get_close_matches(name, names, n=1, cutoff=0)
             raise ValueError(f"there is no setting {name!r}: do you mean {near[0]}?")
-
-
-def _is_plain(name: str, value: object) -> bool:
-    """Tell whether a notebook's variable is neither Python's, Jupyter's, nor imported."""
-    imported = isinstance(value, types.ModuleType) or callable(value) or isinstance(value, type)
-    return not (name.startswith("_") or imported or name in ("In", "Out"))
 
 
 def read_recipe(notebook: str, model: str) -> dict[str, object] | None:
@@ -138,8 +136,7 @@ def as_meant(name: str, value: object) -> object:
         return None
     if rule.several == 1:
         return _one(name, value, rule)
-    if isinstance(value, str):
-        value = _literal(value)
+    value = _literal(value)
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     if rule.several == 2 and len(values) == 1:
         values *= 2
@@ -168,7 +165,12 @@ def _one(name: str, value: object, rule: Rule) -> object:
     if fits and number:
         fits = rule.low <= value <= rule.high and not (rule.below and value == rule.high)
     if not fits:
-        raise ValueError(f"{name} is {value!r}, expected {_expected(rule)}")
+        expected = KINDS.get(rule.kind, "a text in quotes")
+        if rule.low > -math.inf:
+            expected += f", {rule.low:g} or more"
+        if rule.high < math.inf:
+            expected += f", below {rule.high:g}" if rule.below else f", {rule.high:g} or less"
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
     return str(Path(value).expanduser()) if kind == "path" else value
 
 
@@ -178,19 +180,3 @@ def _literal(value: object) -> object:
         return ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError):
         return value
-
-
-def _expected(rule: Rule) -> str:
-    kinds = {
-        "number": "a number",
-        "whole": "a whole number",
-        "switch": "True or False",
-        "source": "a test image's number or a file's path",
-    }
-    limits = []
-    if rule.low > -math.inf and rule.kind != "source":
-        limits.append(f"{rule.low:g} or more")
-    if rule.high < math.inf:
-        limits.append(f"below {rule.high:g}" if rule.below else f"{rule.high:g} or less")
-    expected = kinds.get(rule.kind, "a text in quotes")
-    return ", ".join([expected, " and ".join(limits)]) if limits else expected
