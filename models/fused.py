@@ -13,6 +13,7 @@ in, channels out), summed in fp32. Scratch and weights fit into a GPU's caches.
 import copy
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -187,8 +188,7 @@ class FusedResNet:
         if not isinstance(rnet, FlatResNet32) or rnet.conv1.bias is None:
             raise ValueError("the fused ResNet is made of a FlatResNet32 with its batch norms folded")
         self.dtype, self.layer_config, self.num_blocks = dtype, rnet.layer_config, rnet.num_blocks
-        stem = torch.zeros(9, 16, 16)
-        stem[:, :3] = _taps(rnet.conv1)
+        stem = F.pad(_taps(rnet.conv1), (0, 0, 0, 13))  # 16 channels in, as a product of matrices needs
         self.weights = [stem.to(device, dtype), rnet.conv1.bias.to(device, torch.float32)]
         for segment in rnet.blocks:
             convs = [conv for block in segment for conv in (block.conv1, block.conv2)]

@@ -188,7 +188,7 @@ def one_graph(step: Callable, device: torch.device, why_not: str | None = None) 
     return CapturedStep(step, device, functools.partial(captured, pool=torch.cuda.graph_pool_handle()))
 
 
-def _say_why_not(step: Callable, reason: object) -> None:
+def _say_why_not(step: Callable, reason: str) -> None:
     print(f"{step.__name__} runs without CUDA graphs: {reason}")
 
 
@@ -207,7 +207,7 @@ class CapturedStep:
             try:
                 self.graphs[key] = self._captured(args)
             except RuntimeError as error:
-                _say_why_not(self.step, error)
+                _say_why_not(self.step, str(error.__context__ or error).splitlines()[0])
                 self.graphs = None
                 return self.step(*args)
         graph = self.graphs[key]

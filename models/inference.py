@@ -69,6 +69,19 @@ class Eager(NamedTuple):
     agent: Policy | None
     policy: Tensor | None  # (K,)
 
+    @classmethod
+    def of(
+        cls,
+        run: Callable,
+        rnet: FlatResNet,
+        agent: Policy | None,
+        policy: Tensor | None,
+        device: torch.device | str,
+    ) -> "Eager":
+        """Make it of folded networks. `run` makes a ResNet's function, which reads policies on `device`."""
+        features = None if agent is None else run(agent.features)
+        return cls(run(rnet), features, agent, None if policy is None else policy.to(device))
+
     def alone(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under the one policy, or every block kept."""
         return self.resnet(x, None if self.policy is None else self.policy.expand(len(x), -1))
@@ -87,14 +100,6 @@ class Eager(NamedTuple):
         return self.under(x, policy), policy
 
 
-def _eager(
-    run: Callable, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None, device: torch.device | str
-) -> Eager:
-    """Return the functions of folded networks. `run` makes a ResNet's, which reads policies on `device`."""
-    features = None if agent is None else run(agent.features)
-    return Eager(run(rnet), features, agent, None if policy is None else policy.to(device))
-
-
 class Prepared:
     """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
 
@@ -111,15 +116,18 @@ class Prepared:
         self.format = torch.contiguous_format if in_full else torch.channels_last  # the faster one
         to = {"dtype": DTYPES[precision], "device": device, "memory_format": self.format}
         rnet, agent = fold(rnet), None if agent is None else fold(agent).to(device)
-        self.eager = _eager(lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy, "cpu")
+        self.eager = Eager.of(
+            lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy, "cpu"
+        )
         self.device = self.eager.resnet.rnet.conv1.weight.device
         self.lock = threading.Lock()  # captured ways have one place for images and results
         self.ways: dict[torch.Size, Eager | Graphs | SingleImage] = {}  # captured ones, by the batch's shape
-        self.note = "block by block"
+        self.how = "block by block"
         self.fused = self._fused(rnet, agent, policy)
+        self.note = self.how
 
     def _fused(self, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None) -> Eager | None:
-        """Return the way by one kernel; None where it isn't for this network, or, as `note` says, fails."""
+        """Return the way by one kernel; None where it isn't for this network, or, as `how` says, fails."""
         if not (
             self.device.type == "cuda"
             and self.precision in FUSED_TOLERANCE
@@ -130,7 +138,7 @@ class Prepared:
             from models.fused import FusedResNet  # here: not every PyTorch comes with Triton
 
             fuse = functools.partial(FusedResNet, dtype=DTYPES[self.precision], device=self.device)
-            fused = _eager(fuse, rnet, agent, policy, self.device)
+            fused = Eager.of(fuse, rnet, agent, policy, self.device)
             with self._mode():
                 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
                 policies = (torch.arange(2 * self.num_blocks) % 3 > 0).float().view(2, -1).to(self.device)
@@ -143,9 +151,9 @@ class Prepared:
                 if not agree(found, expected, FUSED_TOLERANCE[self.precision]):
                     raise RuntimeError("it gave other logits")
         except Exception as error:  # a compiler fails in many ways
-            self.note = f"block by block, because one kernel for all failed: {error}"
+            self.how = f"block by block (one kernel for all failed: {error})"
             return None
-        self.note = "one kernel for all blocks"
+        self.how = "one kernel for all blocks"
         return fused
 
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -229,7 +237,7 @@ class Prepared:
             if len(self.ways) == MOST_SHAPES:
                 self.ways.clear()
             capture = functools.partial(captured, pool=torch.cuda.graph_pool_handle())
-            how, *_ = self.note.partition(",")
+            how = self.how if fused or self.fused is None else "block by block"
             try:
                 self.ways[x.shape] = (Graphs if fused else SingleImage)(eager, x, capture)
                 self.note = f"{how}, as CUDA graphs"

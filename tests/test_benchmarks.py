@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
+from benchmarks.common import peak_memory
 from conftest import ROOT
-
-from models.lab.timing import peak_memory
 
 SMALL = ("--model", "R8_SYN", "--batch-size", "16")
 
@@ -30,7 +29,16 @@ def run(name, arguments):
     [
         ("training", (*SMALL, "--batches", "1"), "ratio: "),
         ("blockdrop", (*SMALL, "--batches", "1"), "finetuning: "),
-        ("inference", ("--model", "R8_SYN", "--kept", "1", "--seconds", "0.01"), "plain sole / "),
+        (
+            "blockdrop",
+            ("--model", "R8_SYN", "--batches", "1", "--epochs-at", "16", "32"),
+            "batch   32, finetuning",
+        ),
+        (
+            "inference",
+            ("--model", "R8_SYN", "--kept", "1", "--seconds", "0.01"),
+            "| fp32 | BlockDrop | 1.0 |",
+        ),
         ("scaling", (*SMALL, "--devices", "1", "2", "--batches", "1"), "| all | | | |"),
         (
             "accuracy",

@@ -1,11 +1,13 @@
 """The ResNet in one kernel gives what its blocks give: on a GPU, or without one in Triton's interpreter."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_networks import randomized
 
 import utils
-from models.inference import fold
+from models.inference import Eager, fold
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 from models.fused import PROGRAMS, FusedResNet
@@ -56,6 +58,18 @@ def test_layouts_and_types_of_policies_give_the_same():
         assert torch.equal(fused(images, other.to(DEVICE)), expected)
     channels_last = images.contiguous(memory_format=torch.channels_last)
     assert torch.equal(fused(channels_last, policy.to(DEVICE)), expected)
+
+
+@torch.no_grad()
+def test_the_policy_network_decides_and_the_resnet_follows():
+    torch.manual_seed(1)
+    rnet, agent = (fold(randomized(net)).to(DEVICE) for net in utils.build_model("R8_SYN"))
+    fuse = partial(FusedResNet, dtype=torch.float16, device=DEVICE)
+    images = torch.rand(3, 3, 32, 32, device=DEVICE) * torch.arange(1, 4, device=DEVICE)[:, None, None, None]
+    policy = (agent(images)[0] >= 0.5).float()
+    logits, decided = Eager.of(fuse, rnet, agent, None, DEVICE).both(images)
+    assert torch.equal(decided, policy)
+    assert (logits - rnet(images, policy)).norm() <= 0.003 * logits.norm()
 
 
 def test_other_values_than_0_and_1_give_no_number():

@@ -1,14 +1,10 @@
-"""Time and memory: functions against each other, the machine they ran on, and whether it was busy."""
+"""Time: functions against each other, the machine they ran on, and whether it was busy."""
 
 import contextlib
-import ctypes
 import functools
-import math
-import re
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -190,29 +186,3 @@ def _calibration(device: torch.device) -> float:
 
     with num_threads(1), torch.inference_mode():
         return min(timeit.repeat(convolution, number=1, repeat=CALIBRATION_ROUNDS))
-
-
-def peak_memory(function: Callable[[], object], device: torch.device | str) -> float:
-    """Return the bytes that a call of `function` holds at its peak, beyond what is held before it.
-
-    On CUDA what PyTorch allocates; on the CPU what the process resides in, known on Linux with the
-    GNU C library only: elsewhere `nan`.
-    """
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        function()
-        return torch.cuda.max_memory_allocated(device) - before
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if clear.exists() else None
-    if give_back is None:
-        return math.nan
-
-    def kibibytes(field: str) -> int:
-        return int(re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1])
-
-    give_back(0)  # what is free but still resides would be used again, unseen
-    clear.write_text("5")  # proc(5): the peak starts anew from what resides now
-    before = kibibytes("VmRSS")
-    function()
-    return 1024.0 * (kibibytes("VmHWM") - before)

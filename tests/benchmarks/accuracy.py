@@ -22,7 +22,7 @@ from running import run_cells
 
 from models.lab.device import seed_everything
 from models.lab.statistics import standard_error
-from models.lab.training import one_cycle
+from models.lab.training import figures, one_cycle
 
 
 def train_ours(args, seed: int, cv_dir: str) -> SimpleNamespace:
@@ -42,17 +42,19 @@ def train_plain(args, seed: int, nb: SimpleNamespace) -> dict[str, dict[str, flo
         {"penalty": nb.penalty[i], "alpha": nb.alpha[i], "temperature": nb.temperature[i], "beta": beta}
         for i, beta in enumerate((nb.beta, 0))
     ]
-    rnet, agent = nb.networks_of(nb.start, nb.features, nb.model, nb.device, nb.cv_dir, seed)
-    loader = plain_loader(nb.trainset, args.batch_size)
+    rnet, agent = nb.networks_of(nb.origin, nb.features, nb.model, nb.device, nb.cv_dir, seed)
+    loader = plain_loader(nb.trainloader.dataset, args.batch_size)
     seed_everything(seed, 1)
-    optimizer, figures = torch.optim.Adam(agent.parameters(), nb.lr_policy[0]), {}
+    optimizer, found = torch.optim.Adam(agent.parameters(), nb.lr_policy[0]), {}
     for epoch in range(args.epochs):
         cl_step = nb.decided_blocks(epoch, args.epochs, nb.num_blocks)
         rnet.eval()
         agent.train()
         for images, labels in loader:
             nb.policy_step(agent, rnet, optimizer, images, labels, "fp32", cl_step, sampling[0])
-    figures["policy training"] = nb.evaluate(rnet, agent, nb.valloader, "fp32", nb.penalty[0], nb.num_blocks)
+    found["policy training"] = nb.evaluate(
+        {"resnet": rnet, "agent": agent}, nb.valloader, "fp32", nb.penalty[0], nb.num_blocks
+    )
 
     steps = args.epochs * len(loader)
     optimizer_rnet, scheduler_rnet = nb.sgd(rnet, nb.lr_rnet, steps)
@@ -65,8 +67,10 @@ def train_plain(args, seed: int, nb: SimpleNamespace) -> dict[str, dict[str, flo
             nb.finetuning_step(rnet, agent, optimizers, images, labels, "fp32", False, sampling[1])
             scheduler_rnet.step()
             scheduler_agent.step()
-    figures["finetuning"] = nb.evaluate(rnet, agent, nb.valloader, "fp32", nb.penalty[1], nb.num_blocks)
-    return {stage: nb.figures(stats, "val_") for stage, (stats, _) in figures.items()}
+    found["finetuning"] = nb.evaluate(
+        {"resnet": rnet, "agent": agent}, nb.valloader, "fp32", nb.penalty[1], nb.num_blocks
+    )
+    return {stage: figures(stats, "val_") for stage, (stats, _) in found.items()}
 
 
 def main() -> None:

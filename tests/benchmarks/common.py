@@ -1,6 +1,8 @@
-"""What the benchmarks share: the plain loop's images, and loops that take turns in processes of their own."""
+"""What the benchmarks share: the plain loop's images, loops that take turns in own processes, peak memory."""
 
+import ctypes
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -126,3 +128,29 @@ def print_times(seconds: Mapping[str, list[float]], epoch: int) -> None:
         low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
         print(f"{name:>18}: {1000 * median:7.0f} ms a batch ({1000 * low:.0f} to {1000 * high:.0f}), "
               f"{median * epoch:6.1f} s an epoch", flush=True)  # fmt: skip
+
+
+def peak_memory(function: Callable[[], object], device: torch.device | str) -> float:
+    """Return the bytes that a call of `function` holds at its peak, beyond what is held before it.
+
+    On CUDA what PyTorch allocates; on the CPU what the process resides in, known on Linux with the
+    GNU C library only: elsewhere `nan`.
+    """
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        function()
+        return torch.cuda.max_memory_allocated(device) - before
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if clear.exists() else None
+    if give_back is None:
+        return math.nan
+
+    def kibibytes(field: str) -> int:
+        return int(re.search(rf"{field}:\s*(\d+) kB", status.read_text())[1])
+
+    give_back(0)  # what is free but still resides would be used again, unseen
+    clear.write_text("5")  # proc(5): the peak starts anew from what resides now
+    before = kibibytes("VmRSS")
+    function()
+    return 1024.0 * (kibibytes("VmHWM") - before)

@@ -6,7 +6,8 @@ r"""Project how long training takes on several devices, from step times and grad
 
 Each of n devices takes 1 / n of a batch. Measured on this one are the seconds of a step of so many images, by
 the notebooks' steps: random images, whole ones for the sole ResNet too, and untrained networks, whose policy
-keeps about half of the blocks. Then gradients are exchanged, in a ring: each device sends and receives
+keeps about half of the blocks. On CUDA each step is one graph, without `skip_dropped`; several processes take
+theirs without graphs. Then gradients are exchanged, in a ring: each device sends and receives
 2 (n - 1) / n times their bytes. So
 
     seconds = epochs * steps an epoch * (seconds a step + 2 (n - 1) / n * bytes / bandwidth)
@@ -17,40 +18,11 @@ side. What happens once an epoch, such as tests on held-out images, is not count
 
 import argparse
 import math
-from itertools import repeat
 
-import numpy as np
-import torch
-from blockdrop import LR, make_step
-from common import time_steps
-from running import step_functions
+from blockdrop import STAGES, seconds_a_step
 
 from models.lab.device import choose_device, choose_precision, machine
-from models.lab.names import parse_model
 from utils import build_model
-
-STAGES = ("sole ResNet", "stochastic depth", "policy training", "finetuning")
-
-
-def seconds_a_step(args, num_images: int, device: torch.device, precision: str) -> dict[str, float]:
-    """Return the median seconds of a training step of each stage, of so many images on this device."""
-    name = parse_model(args.model)
-    images = torch.rand(num_images, 3, name.image_size, name.image_size, device=device)
-    labels = torch.arange(num_images, device=device) % name.num_classes
-    loader = repeat((images.to(memory_format=torch.channels_last), labels))
-    rnet = build_model(args.model)[0].to(device, memory_format=torch.channels_last).train()
-    sole, blockdrop = (step_functions(notebook) for notebook in ("rnet_sole", "blockdrop_training"))
-    optimizer, _ = blockdrop.sgd(rnet, LR, 100)
-    num_blocks = rnet.num_blocks
-    steps = {
-        "sole ResNet": lambda x, y: sole.sole_step(rnet, optimizer, x, y, precision),
-        "stochastic depth": lambda x, y: blockdrop.depth_step(rnet, optimizer, x, y, 0.7, precision, True),
-        "policy training": make_step(args.model, False, False, num_blocks, device, precision),
-        "finetuning": make_step(args.model, False, True, num_blocks, device, precision),
-    }
-    return {
-        stage: float(np.median(time_steps(loader, steps[stage], args.batches, device))) for stage in STAGES
-    }
 
 
 def main() -> None:

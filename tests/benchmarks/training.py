@@ -5,7 +5,8 @@
     python tests/benchmarks/training.py --model R20_SYN --batch-size 128 --epochs 20 --seeds 0 1 2 3 4
 
 The plain loop: fp32, contiguous, augmented image by image in DataLoader workers. Ours: rnet_sole.ipynb's
-step, data on the device in bytes and augmented there, channels last, bf16 where the machine has it.
+step, on CUDA as one graph, data on the device in bytes and augmented there, channels last, bf16 where the
+machine has it. blockdrop.py --epochs-at times this step beside those of the other stages.
 `--batches` times so many batches of each, in turn, ours on crops of 3/4 the width too, and prints the ratios.
 `--epochs` trains both in full with each of `--seeds`, ours on small crops only where `--small-crops` says so,
 and prints accuracies on images that neither has seen, and the mean of their differences: many images, for
@@ -33,6 +34,7 @@ from common import (
 )
 from running import step_functions
 
+from models.graphs import one_graph
 from models.lab import syn
 from models.lab.data import Images, Loader, crop_share, random_crop, split
 from models.lab.device import choose_device, choose_precision, machine, seed_everything
@@ -61,7 +63,8 @@ def setup(args, plain: bool, seed: int):
     loader = Loader(trainset, args.batch_size, device, shuffle=True)
     loader.generator.manual_seed(seed)
     rnet.to(memory_format=torch.channels_last)
-    precision, sole_step = choose_precision(args.precision, device), step_functions("rnet_sole").sole_step
+    precision = choose_precision(args.precision, device)
+    sole_step = one_graph(step_functions("rnet_sole").sole_step, device)
 
     def step(images, labels):
         sole_step(rnet, optimizer, images, labels, precision)
