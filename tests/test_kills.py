@@ -60,7 +60,7 @@ def weights(cv_dir):
     for path in cv_dir.rglob("*.t7"):
         torch.manual_seed(0)
         networks = utils.build_model("R8_SYN")
-        stages.load_networks(stages.load(path), *networks)
+        stages.load_networks(stages.load(path), None, *networks)
         if path.name != "last.t7":
             found[path.relative_to(cv_dir)] = fingerprint(*networks)
     return found

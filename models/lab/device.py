@@ -5,10 +5,11 @@ import hashlib
 import os
 import platform
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+
+from models.lab.distributed import join_processes
 
 
 def choose_device(device: str = "auto", deterministic: bool = False) -> torch.device:
@@ -53,6 +54,17 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
     return device
 
 
+def set_up(
+    device: str, precision: str, deterministic: bool = False, training: bool = True
+) -> tuple[torch.device, str]:
+    """Return device and precision as chosen, print them, and join the processes that `torchrun` started."""
+    chosen = choose_device(device, deterministic)
+    join_processes(chosen)
+    precision = choose_precision(precision, chosen, training)
+    print(f"{machine(chosen)}, {precision}")
+    return chosen, precision
+
+
 def keep_memory() -> None:
     """Have the GNU C library keep freed memory for the next tensors; elsewhere nothing happens.
 
@@ -66,15 +78,19 @@ def keep_memory() -> None:
         mallopt(-3, 2**30) or mallopt(-3, 2**25)  # before version 2.35, no more than this one
 
 
-def choose_precision(precision: str, device: torch.device, allowed: Sequence[str] = ("fp32", "bf16")) -> str:
-    """Return `precision`; for "auto", bf16 where the device has instructions for it, else fp32.
+def choose_precision(precision: str, device: torch.device, training: bool = True) -> str:
+    """Return `precision`; for "auto" the fastest that changes no result to speak of.
 
-    ValueError for a precision that is not among the `allowed`.
+    In training that is bf16 where the device has instructions for it, else fp32; in inference fp16 on CUDA,
+    fp32 on the CPU. ValueError for an unknown precision.
     """
+    allowed = ("fp32", "bf16") if training else ("fp32", "tf32", "bf16", "fp16")
     if precision in allowed:
         return precision
     if precision != "auto":
         raise ValueError(f"unknown precision {precision!r}: expected one of auto, {', '.join(allowed)}")
+    if not training:
+        return "fp16" if device.type == "cuda" else "fp32"
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -85,7 +101,8 @@ def choose_precision(precision: str, device: torch.device, allowed: Sequence[str
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """Return the context that runs a network's layers in bf16, or as they are for "fp32"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    cached = device.type == "cpu"  # a CUDA graph would keep weights that were rounded before it
+    return torch.autocast(device.type, torch.bfloat16, precision == "bf16", cache_enabled=cached)
 
 
 def seed_everything(seed: int, *more: int) -> None:

@@ -10,6 +10,7 @@ import torchvision
 from torch import Tensor, nn
 
 from models.lab.checkpoints import (
+    load_features,
     load_states,
     load_weights_to_flatresnet,
     newest_checkpoint,
@@ -47,22 +48,40 @@ def load(path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Modul
     return Stage(Path(path), tuple(states), rest.get("history", []), _lineage(rest))
 
 
-def load_networks(stage: Stage, rnet: nn.Module, agent: nn.Module) -> None:
-    """Load the networks that a stage's file holds; the others keep the weights they have."""
+def load_networks(stage: Stage, features: Stage | None, rnet: nn.Module, agent: nn.Module) -> None:
+    """Load the networks that a stage's file holds; the others keep the weights they have.
+
+    `features`: the sole ResNet whose layers a new policy network takes, if any.
+    """
+    if features is not None:
+        load_features(features.path, agent)
     if stage.path is not None:
         load(stage.path, *(net if name in stage.holds else None for name, net in
                            (("resnet", rnet), ("agent", agent))))  # fmt: skip
 
 
 def starting_point(
-    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike
+    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike, max_images: int | None
 ) -> tuple[Stage, Stage | None]:
-    """Return the stage that BlockDrop's training starts from, and the ResNet for a new policy's layers.
+    """Return, and print, what BlockDrop's training starts from: a stage, and a ResNet for a policy's layers.
 
     `start_from`: a policy's or pair's file is that stage; a ResNet's file gives layers to a new policy
     network beside the sole ResNet; "auto": ResNet-8's does, where there is one of the data set; None: new
-    weights. Without policy training, "auto" is the policy trained last. Errors as in `load_checkpoint`.
+    weights. Without policy training, "auto" is the policy trained last. Printed, too, is where the stage's
+    training had another `max_images`. Errors as in `load_checkpoint`.
     """
+    start, features = _starting_point(model, start_from, trains_policy, cv_dir)
+    print("Training starts from", start.path or "torchvision's weights")
+    if "agent" not in start.holds:
+        print("The policy network's layers start from", features.path if features else "new weights")
+    if any(entry["settings"].get("max_images") != max_images for entry in start.lineage):
+        print(f"{start.path} was trained with another max_images: it may have seen images held out now")
+    return start, features
+
+
+def _starting_point(
+    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike
+) -> tuple[Stage, Stage | None]:
     features = None
     if start_from not in ("auto", None):
         given = load(start_from)
@@ -79,12 +98,6 @@ def starting_point(
         features = load(path) if path else None
     path = find(cv_dir, "trained_rnet", model, sole_hint(model))
     return (load(path) if path else TORCHVISION), features
-
-
-def check_images(stage: Stage, max_images: int | None) -> None:
-    """Say so where a stage's training may have seen the images that are held out now."""
-    if any(entry["settings"].get("max_images") != max_images for entry in stage.lineage):
-        print(f"{stage.path} was trained with another max_images: it may have seen images held out now")
 
 
 def sole_hint(model: str) -> str | None:
@@ -126,13 +139,14 @@ def costs(lineage: Sequence[Mapping], model: str) -> dict[str, float | None]:
     finetuning = [entry for entry in lineage if entry["stage"] == "finetuning"]
     policy = [entry for entry in lineage if entry not in sole and entry not in finetuning]
     return {
-        "sole": _seconds(sole) if sole else None,
-        "policy training": _seconds(policy) if policy else None,
-        "finetuning": _seconds(finetuning),
+        "sole": seconds_of(sole) if sole else None,
+        "policy training": seconds_of(policy) if policy else None,
+        "finetuning": seconds_of(finetuning),
     }
 
 
-def _seconds(entries: Sequence[Mapping]) -> float | None:
+def seconds_of(entries: Sequence[Mapping]) -> float | None:
+    """Return the seconds of lineage entries together; None where some are unknown."""
     taken = [entry["seconds"] for entry in entries]
     return None if None in taken else sum(taken)
 

@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import errno
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,25 +11,24 @@ import tensorboardX
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
-from models.lab.checkpoints import (
-    CheckpointError,
-    fingerprint,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from models.lab import checkpoints
+from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint, save_checkpoint
 from models.lab.data import Loader, share_of
 from models.lab.device import autocast, mixed, seed_everything
 from models.lab.distributed import average_statistics, num_processes, rank, total
 from models.lab.files import advice
-from models.lab.stages import Stage
+from models.lab.stages import TORCHVISION, Stage
 from models.lab.timing import machine_record, same_machine
 
 CHECK_EVERY = 100  # steps between two looks at whether the losses are finite
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that can't lock
+RESULT = (
+    "Accuracy: {accuracy:.3f} | Reward: {reward:.2E} | Sparsity: {sparsity:.3f} | "
+    "Variance: {variance:.3f} | #: {policies:.0f}"
+)  # as the original prints it
+HELD_OUT_RESULT = RESULT.replace("{", "{val_")
 
 
 def one_cycle(
@@ -47,24 +44,14 @@ def one_cycle(
     )
 
 
-def _say_when_interrupted() -> None:
-    """Have Jupyter answer an interrupt with a sentence in place of a long traceback."""
-
-    def say(shell, kind, error, trace, tb_offset=None):
-        print("Interrupted. A training goes on after its last finished epoch when its cell runs again.")
-
-    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
-        shell.set_custom_exc((KeyboardInterrupt,), say)
-
-
 class Training:
     """A stage that is trained, resumed or, with 0 epochs, skipped; `save` returns it as a `Stage`.
 
     After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same settings
     goes on from there, to the same result as one that was never interrupted: the random generators are
     seeded anew, from seed and epoch, as each epoch starts. A finished run of the same settings has no epochs
-    left; one of other settings is replaced by the new run. From the first epoch on until `save`, no other
-    process can train in `folder`: RuntimeError there.
+    left; one of other settings is replaced by the new run. While epochs run, no other process can train in
+    `folder`: RuntimeError there.
     """
 
     def __init__(
@@ -75,24 +62,25 @@ class Training:
         networks: Mapping[str, nn.Module],
         progress: Mapping[str, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler | nn.Module],
         epochs: int,
-        line: Callable[[Mapping], str],
+        line: str,
         start: Stage | None = None,
         resume: bool = True,
     ):
         """`stage`: its name in the lineage. `settings`: what decides the result, `seed` among them.
         `networks`: what the checkpoint holds, under the names `resnet` and `agent`. `progress`: optimizers,
-        schedulers, averaged models. `line`: writes a row of the history. `start`: the stage whose weights the
-        networks have; None: new weights.
+        schedulers, averaged models. `line`: what is printed of an epoch, with {names} of the history.
+        `start`: the stage whose weights the networks have; None: new weights.
 
         ValueError for a run of other settings in `folder` that is unfinished, or whose final checkpoint
         was never written: it would be lost.
         """
         self.folder, self.epochs, self.line = Path(folder), epochs, line
         self.networks, self.progress = dict(networks), dict(progress)
-        self.start = start or Stage(None, (), [], [])
+        self.start = start or TORCHVISION
         self.settings = dict(settings) | {"epochs": epochs}
         if start is not None:
             self.settings["starting weights"] = fingerprint(*networks.values())
+        self.device = next(next(iter(networks.values())).parameters()).device
         self.entry = {"stage": stage, "seconds": 0.0, "machine": [], "weights": None,
                       "settings": self.settings}  # fmt: skip
         self.history: list[dict[str, float | list[float]]] = []
@@ -113,40 +101,47 @@ class Training:
             before, finished = entry["settings"], len(history) == entry["settings"]["epochs"]
             parts = {} if finished else {name: state[name] for name in self.progress}
         except (KeyError, IndexError, TypeError):
-            raise CheckpointError(
-                f"{self.last} is not the state of a run like this one: move it away"
-            ) from None
-        changed = [
+            raise CheckpointError(f"{self.last} is of another kind of run: move it away") from None
+        changed = ", ".join(
             f"{key} {before.get(key)!r} -> {self.settings.get(key)!r}"
             for key in sorted(before.keys() | self.settings.keys())
             if before.get(key) != self.settings.get(key)
-        ]
+        )
         if changed and not (finished and self._is_saved(history)):
+            kind = "a finished but unsaved" if finished else "an unfinished"
             raise ValueError(
-                f"{self.last} holds {'a finished but unsaved' if finished else 'an unfinished'} run of "
-                f"other settings ({', '.join(changed)}): set them back to go on with it, or move it away to "
-                "start this stage afresh (with resume = False, all do)"
+                f"{self.last} holds {kind} run of other settings ({changed}): set them back to go on with it "
+                "or move it away to start this stage afresh (with resume = False, all do)"
             )
         if changed:
-            print(f"Settings changed since the last run ({', '.join(changed)}): starting afresh")
+            print(f"Settings changed since the last run ({changed}): starting afresh")
             return
-        load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
+        checkpoints.load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.entry = history, entry
         for name, part in parts.items():
             self.progress[name].load_state_dict(part)
+        if self.device.type == "cpu":  # undo what a step captured on CUDA needs
+            optimizers = [x for x in self.progress.values() if isinstance(x, torch.optim.Optimizer)]
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"], group["fused"] = float(group["lr"]), None
+                if "capturable" in group:
+                    group["capturable"] = False
         print(f"Resumed from {self.last}: {len(history)} epochs done, {self.epochs - len(history)} to go")
         for row in history:
-            print(self.line(row))
+            print(self._words(row))
+
+    def _words(self, row: Mapping) -> str:
+        return f"Epoch: {row['epoch']} - {self.line.format(**row)}"
 
     def _keep(self) -> None:
         """Keep a copy of what the next epoch starts from, to go on from there if it is interrupted."""
-        parts = self.networks | self.progress
-        self.kept = copy.deepcopy({name: part.state_dict() for name, part in parts.items()})
+        parts = (self.networks | self.progress).items()
+        self.kept = copy.deepcopy({name: part.state_dict() for name, part in parts})
 
     def _is_saved(self, history: list[dict]) -> bool:
         """Tell whether a final checkpoint of the run with this history lies in the folder."""
         for path in self.folder.glob("*.t7"):
-            with contextlib.suppress(CheckpointError):
+            with contextlib.suppress(CheckpointError):  # of a damaged file
                 if path != self.last and read_checkpoint(path).get("history") == history:
                     return True
         return False
@@ -156,17 +151,11 @@ class Training:
         done = len(self.history)
         if self.epochs == 0:
             return
-        if done == self.epochs:
-            self._lock()  # kept until `save`
-            return
+        lock = self._lock()
         for name, part in (self.networks | self.progress).items():
             part.load_state_dict(copy.deepcopy(self.kept[name]))
-        _say_when_interrupted()
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
-        with (
-            self._lock(),
-            tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar,
-        ):
+        with tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar:
             self.writer = tensorboardX.SummaryWriter(
                 str(self.folder / "tensorboard"),
                 purge_step=done,
@@ -176,44 +165,33 @@ class Training:
             try:
                 for epoch in range(done, self.epochs):
                     seed_everything(self.settings["seed"], epoch, rank())
-                    self.epoch = epoch
-                    self.started = time.perf_counter()
+                    self.epoch, self.started = epoch, time.perf_counter()
                     yield epoch
                     self.bar.n = epoch + 1
                     self.bar.refresh()
-                self._lock()  # once more: kept when this one is released
             finally:
+                lock.release(force=len(self.history) == self.epochs)  # however often it was interrupted
                 with contextlib.suppress(OSError):  # what a full disk keeps from the curves: see the history
                     self.writer.close()
 
-    def _lock(self) -> contextlib.AbstractContextManager:
-        """Keep other processes from training in the folder, until this one ends, in whatever way.
-
-        Locked again, it is to be released as often. Where the file system has no locks, say so and go on.
-        """
-        self.lock = None
+    def _lock(self) -> FileLock:
+        """Keep other processes from training in the folder, until this one ends, in whatever way."""
+        # One object per file and process: a cell that was interrupted may run again.
+        lock = FileLock(self.folder / ".lock", is_singleton=True)
         if rank() > 0:
-            return contextlib.nullcontext()
+            return lock
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            # One object per file and process: a cell that was interrupted may run again.
-            lock = FileLock(self.folder / ".lock", is_singleton=True)
-            locked = lock.acquire(timeout=0)
-            self.lock = lock
+            lock.acquire(timeout=0)
             for left_by_a_kill in self.folder.glob(".*.tmp"):
                 left_by_a_kill.unlink()
-            return locked
         except Timeout:
-            raise RuntimeError(
-                f"another process is training in {self.folder}: wait for it, end it, or set another cv_dir"
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
-                raise RuntimeError(
-                    f"could not write in {self.folder} ({error}): {advice(error, self.folder)}"
-                ) from error
-            print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
-            return contextlib.nullcontext()
+            todo = "wait for it, end it, or set another cv_dir"
+            raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
+        except OSError as error:
+            todo = advice(error, self.folder)
+            raise RuntimeError(f"could not write in {self.folder} ({error}): {todo}") from error
+        return lock
 
     def batches(self, loader: Loader, losses: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the loader's batches, in this epoch's order; the progress bar moves along.
@@ -226,28 +204,19 @@ class Training:
             # Not by 1 / len(loader): the rounding errors would add up to more than an epoch.
             self.bar.update(self.epoch + step / len(loader) - self.bar.n)
             if losses and step % CHECK_EVERY == 0:
-                self._check_finite(losses)
-
-    def _check_finite(self, losses: Sequence[Tensor]) -> None:
-        finite = total(torch.stack(list(losses))).isfinite()
-        if not finite.all():
-            step = finite.logical_not().nonzero()[0].item()
-            raise RuntimeError(
-                f"the loss is not finite from step {step} of epoch {self.epoch} on: {self._way_out()}"
-            )
+                self.mean_loss(losses, loader)
 
     def mean_loss(self, losses: Sequence[Tensor], loader: Loader) -> float:
         """Return the mean over the loader's images of the losses (), each a batch's sum.
 
         RuntimeError where one is not finite.
         """
-        self._check_finite(losses)
-        return total(torch.stack(list(losses))).sum().item() / loader.num_images
-
-    def _way_out(self) -> str:
-        """Say what to do about numbers that are not finite."""
-        kept = f", and move {self.last} away, which holds the epoch before" if self.history else ""
-        return f"lower the learning rate{kept}"
+        losses = total(torch.stack(list(losses)))
+        if not losses.isfinite().all():
+            step = losses.isfinite().logical_not().nonzero()[0].item()
+            where = f"from step {step} of epoch {self.epoch} on"
+            raise RuntimeError(f"the loss is not finite {where}: lower the learning rate")
+        return losses.sum().item() / loader.num_images
 
     def end_epoch(self, **figures: float | Sequence[float]) -> None:
         """Record the epoch's figures in history and TensorBoard, save the state, print the line.
@@ -258,65 +227,57 @@ class Training:
         for name, network in self.networks.items():
             for key, value in network.state_dict().items():
                 if not value.isfinite().all():
-                    raise RuntimeError(
-                        f"the {name}'s {key} is not finite after epoch {self.epoch}: {self._way_out()}"
-                    )
+                    problem = f"the {name}'s {key} is not finite after epoch {self.epoch}"
+                    raise RuntimeError(f"{problem}: lower the learning rate")
         self.entry["seconds"] += time.perf_counter() - self.started
-        here = machine_record(next(next(iter(self.networks.values())).parameters()).device)
-        here |= {"processes": num_processes()} if num_processes() > 1 else {}
+        here = machine_record(self.device) | ({"processes": num_processes()} if num_processes() > 1 else {})
         if not any(same_machine(here, known) for known in self.entry["machine"]):
             self.entry["machine"].append(here)
         self.history.append({"epoch": self.epoch, **figures, "seconds": self.entry["seconds"]})
-        parts = {name: part.state_dict() for name, part in self.progress.items()}
-        save_checkpoint(self.last, self._state() | parts)
+        self._keep()
+        save_checkpoint(self.last, self.kept | self._record())
         for name, value in figures.items():
             if isinstance(value, Sequence):
                 for block, part in enumerate(value):
                     self.writer.add_scalar(f"{name}/{block}", part, self.epoch)
             else:
                 self.writer.add_scalar(name, value, self.epoch)
-        self._keep()
-        print(self.line(self.history[-1]))
+        print(self._words(self.history[-1]))
 
-    @property
-    def lineage(self) -> list[dict]:
-        """The lineage of the weights as they are now."""
-        return [*self.start.lineage, self.entry | {"weights": fingerprint(*self.networks.values())}]
-
-    def _state(self) -> dict:
-        return {name: network.state_dict() for name, network in self.networks.items()} | {
-            "epoch": len(self.history),
-            "history": self.history,
-            "lineage": self.lineage,
-        }
+    def _record(self) -> dict:
+        """Return what a checkpoint says of its weights."""
+        own = self.entry | {"weights": fingerprint(*self.networks.values())}
+        lineage = [*self.start.lineage, own]
+        return {"epoch": len(self.history), "history": self.history, "lineage": lineage}
 
     def save(self, name: str, **more: object) -> Stage:
         """Write the finished run to `folder/name`, with `more`; return it as a stage.
 
-        From then on other processes may train in the folder. RuntimeError where it can't be written, or
-        where epochs are left.
+        RuntimeError where it can't be written, or where epochs are left.
         """
         if self.epochs == 0:
             return self.start
         if len(self.history) < self.epochs:
-            raise RuntimeError(
-                f"only {len(self.history)} of {self.epochs} epochs are done in {self.folder}: "
-                "run the training's cell again, it goes on"
-            )
-        with self._lock():
-            path = save_checkpoint(self.folder / name, self._state() | {"saved": time.time(), **more})
-        if self.lock is not None:
-            self.lock.release(force=True)
+            done = f"only {len(self.history)} of {self.epochs} epochs are done in {self.folder}"
+            raise RuntimeError(f"{done}: run the training's cell again, it goes on")
+        weights = {name: network.state_dict() for name, network in self.networks.items()}
+        record = self._record()
+        path = save_checkpoint(self.folder / name, weights | record | {"saved": time.time(), **more})
         print("Model saved: ", path)
-        return Stage(path, tuple(self.networks), self.history, self.lineage)
+        return Stage(path, tuple(self.networks), self.history, record["lineage"])
+
+
+def figures(stats: tuple, prefix: str = "") -> dict[str, float]:
+    """Name what `performance_stats` returns, for `RESULT` and the history."""
+    names = ("accuracy", "reward", "sparsity", "variance", "policies")
+    return {prefix + name: value for name, value in zip(names, (*stats[:4], len(stats[4])), strict=True)}
 
 
 def policy_filename(
     epochs: int, accuracy: float, reward: float, sparsity: float, variance: float, policy_set: set[str]
 ) -> str:
     """Return the file name of a policy or finetuned pair, as the original names them."""
-    figures = f"A_{accuracy:.3f}_R_{reward:.2E}_S_{sparsity:.2f}_#_{len(policy_set)}"
-    return f"ckpt_E_{epochs}_{figures}.t7"
+    return f"ckpt_E_{epochs}_A_{accuracy:.3f}_R_{reward:.2E}_S_{sparsity:.2f}_#_{len(policy_set)}.t7"
 
 
 def first_averaged_epoch(epochs: int, averaging: float) -> int:
@@ -326,18 +287,13 @@ def first_averaged_epoch(epochs: int, averaging: float) -> int:
     """
     averaged = share_of(epochs, averaging)
     if averaging > 0 and averaged == 0 and epochs > 0:
-        raise ValueError(
-            f"averaging is {averaging} of {epochs} epochs, less than one: choose a larger share, or 0"
-        )
+        raise ValueError(f"averaging is {averaging} of {epochs} epochs, less than one: choose more, or 0")
     return epochs - averaged
 
 
+@torch.no_grad()
 def take_average(
-    averaged: AveragedModel,
-    rnet: nn.Module,
-    loader: Loader,
-    precision: str,
-    forward: Callable[[Tensor], object] | None = None,
+    averaged: AveragedModel, rnet: nn.Module, loader: Loader, precision: str, forward: Callable | None = None
 ) -> None:
     """Give the ResNet the mean of the weights that `averaged` has seen.
 
@@ -347,23 +303,17 @@ def take_average(
     """
     rnet.load_state_dict(averaged.module.state_dict())
     norms = [module for module in rnet.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
+    before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.momentum) for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    rnet.train()
     with autocast(precision, loader.device):
-        update_bn(loader, _Running(rnet, forward or rnet))
-    for norm, (mean, variance) in zip(norms, before, strict=True):
+        for images, _ in loader:
+            (forward or rnet)(images)
+    for norm, (mean, variance, momentum) in zip(norms, before, strict=True):
+        norm.momentum = momentum
         if norm.num_batches_tracked == 0:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
     average_statistics(rnet)
-
-
-class _Running(nn.Module):
-    """A network that runs by a function of its own choice, as `update_bn` calls it."""
-
-    def __init__(self, network: nn.Module, function: Callable[[Tensor], object]):
-        super().__init__()
-        self.network = network
-        self.__dict__["function"] = function  # not as a part: its batch norms are not to learn
-
-    def forward(self, x: Tensor) -> object:
-        return self.function(x)
