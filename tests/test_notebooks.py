@@ -232,14 +232,14 @@ def test_a_tiny_run_runs(without_pictures, tmp_path):
 
 
 def test_penalties_are_compared(printed, at_root, tmp_path):
-    """A sweep over one penalty, which the notebook can draw then."""
+    """A sweep over one penalty, with its rival of equal FLOPs."""
     settings = {"max_images": 300, "device": "cpu", "max_epochs_finetuning": 1}
     with pytest.raises(ValueError, match="a sweep sets penalty itself: leave it out"):
         sweep.sweep("R8_SYN", [-3.0], settings | {"penalty": -1})
-    path = sweep.sweep("R8_SYN", [-3.0], settings, printed[1] / "cv", tmp_path)
+    path = sweep.sweep("R8_SYN", [-3.0], settings, printed[1] / "cv", tmp_path, with_rivals=True)
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 1 and 0 <= found["sparsity"] <= 3
-    assert plots.penalty_sweep([found], "R8_SYN").axes
+    assert found["flops"] > found["one_policy"]["flops"] > 0 and found["one_policy"]["policies"] == 1
     command = [sys.executable, "-m", "models.lab.sweep", "R8_SYN", "--penalties", "-5e-1", "-p", "epoch", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "there is no setting 'epoch': do you mean" in done.stderr

@@ -211,21 +211,6 @@ def images_and_policies(
     return figure
 
 
-def penalty_sweep(runs: Sequence[Mapping], model: str) -> Figure:
-    """Draw held-out accuracy against blocks kept, a point per penalty of a sweep's runs."""
-    figure, axes = plt.subplots(figsize=(WIDTH, 3))
-    points = sorted((run["sparsity"], 100 * run["accuracy"]) for run in runs)
-    axes.plot(*zip(*points, strict=True), "o:")
-    for run in runs:
-        words = f"penalty {run['penalty']:g}\n{run['policies']:.0f} policies"
-        axes.annotate(words, (run["sparsity"], 100 * run["accuracy"]), xytext=(0, 6),
-                      textcoords="offset points", ha="center", va="bottom")  # fmt: skip
-    axes.set(title=f"{model}: a harder penalty keeps more blocks, after {runs[0]['epoch']} epochs",
-             xlabel="mean blocks kept", ylabel="accuracy on held-out images (%)")  # fmt: skip
-    axes.margins(0.15, 0.35)
-    return figure
-
-
 def blocks_kept(kept: Tensor, num_blocks: int, model: str) -> Figure:
     """Draw how many images keep how many blocks; `kept`: (N,)."""
     levels, counts = kept.unique(return_counts=True)
@@ -410,25 +395,49 @@ def break_even_images(found: Mapping[int, Sequence[float]], extra: float, model:
     return figure
 
 
-def accuracy_against_time(reports: Sequence[Mapping], sizes: Sequence[str]) -> Figure:
-    """Draw accuracy against time, a panel per batch size, a color per model, a marker per network.
+def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[Mapping] = ()) -> Figure:
+    """Draw accuracy against time per image, a panel per batch size, and against FLOPs; a color per model.
 
-    `reports`: the numbers of up to four models, as `blockdrop_inference.ipynb` writes them.
+    `reports`: the numbers of up to four models, as `blockdrop_inference.ipynb` writes them. A line connects
+    a model's sole ResNets by depth. `curve`: runs of `models.lab.sweep` of a single model.
     """
-    figure, row = plt.subplots(1, len(sizes), sharey=True, squeeze=False)
-    for axes, size in zip(row[0], sizes, strict=True):
+    figure, row = plt.subplots(1, len(sizes) + 1, sharey=True, figsize=(WIDTH, 3.4))
+    for axes, size in zip(row, [*sizes, None], strict=True):
         for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
-            timed = [name for name in report["networks"] if name in report["times"][size]]
-            ms = [1000 * report["times"][size][name]["seconds"] for name in timed]
-            percent, error = ([100 * report["networks"][name][key] for name in timed]
-                              for key in ("accuracy", "error"))  # fmt: skip
-            axes.errorbar(ms, percent, error, fmt=":", color=color, label=report["model"])
-            for name, x, y in zip(timed, ms, percent, strict=True):
-                axes.plot(x, y, NETWORKS[name]["marker"], color=color)
-        axes.set(xscale="log", title=f"batch {size}", xlabel="time per image (ms)")
+            networks = report["networks"] | report["rivals"]
+            costs = {
+                name: found["flops"] / 1e6 if size is None else 1000 * report["times"][size][name]["seconds"]
+                for name, found in networks.items()
+                if size is None or name in report["times"][size]
+            }
+            for name, x in costs.items():
+                y, error = (100 * networks[name][key] for key in ("accuracy", "error"))
+                axes.errorbar(x, y, error, fmt=_marker(name, networks), color=color, markersize=5)
+            alone = [name for name in costs if _marker(name, networks) == NETWORKS["sole"]["marker"]]
+            alone.sort(key=costs.get)
+            axes.plot([costs[name] for name in alone], [100 * networks[name]["accuracy"] for name in alone],
+                      "-", color=color, label=report["model"])  # fmt: skip
+        axes.set(xscale="log", title="FLOPs" if size is None else f"batch {size}",
+                 xlabel="per image (millions)" if size is None else "time per image (ms)")  # fmt: skip
         log_ticks(axes.xaxis)
-    row[0, 0].set_ylabel("accuracy on test images (%)")
-    for name in reports[0]["networks"]:
+    if known := [run for run in curve if "flops" in run]:
+        for runs, style in (
+            (known, "s:"),
+            ([run["one_policy"] for run in known if "one_policy" in run], "v:"),
+        ):
+            row[-1].plot([run["flops"] / 1e6 for run in runs], [100 * run["test_accuracy"] for run in runs],
+                         style, color=GRAY, markersize=4, zorder=1)  # fmt: skip
+        axes.plot([], [], ":", color=GRAY, label="other penalties")
+    row[0].set_ylabel("accuracy on test images (%)")
+    for name in ("sole", "blockdrop", "one_policy"):
         axes.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
-    legend_below(figure, axes, 6)
+    axes.plot([], [], "v", color="black", label="one policy, finetuned")
+    legend_below(figure, axes, 4)
     return figure
+
+
+def _marker(name: str, networks: Mapping[str, Mapping]) -> str:
+    """Return a network's marker: the rivals are sole ResNets too, or one policy with its own finetuning."""
+    if name in NETWORKS:
+        return NETWORKS[name]["marker"]
+    return "v" if networks[name]["finetuned"] else NETWORKS["sole"]["marker"]

@@ -13,10 +13,14 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import torch
+from IPython.display import Image, display
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.lab import plots
+from models.lab.device import choose_precision
 from models.lab.files import advice, written_whole
 from models.lab.statistics import standard_error
 
@@ -29,8 +33,8 @@ POINTS = "{:+.2f} ± {:.2f}"
 class Report:
     """Files of one model on one device in `folder`, named `<model>_<device>…`; None: nothing is written.
 
-    The names hold another precision than fp32, and `max_images` where it is set: a quick look does not
-    replace the report of all images.
+    The names hold a precision other than "auto" gives, and `max_images` where it is set: a quick look does
+    not replace the report of all images.
     """
 
     def __init__(
@@ -43,7 +47,8 @@ class Report:
     ):
         """RuntimeError where the folder can't be written to."""
         self.folder = None if folder is None else Path(folder)
-        unusual = [precision] if precision != "fp32" else []
+        usual = choose_precision("auto", torch.device(device), training=False)
+        unusual = [precision] if precision != usual else []
         unusual += [f"{max_images}images"] if max_images is not None else []
         self.name = "_".join([model, device, *unusual])
         if self.folder is not None:
@@ -52,12 +57,17 @@ class Report:
                 tempfile.TemporaryFile(dir=self.folder).close()
 
     def picture(self, name: str, figure: Figure | None) -> None:
-        """Write a figure, if any, as SVG with letters as letters, and as PNG. RuntimeError if that fails."""
-        if self.folder is not None and figure is not None:
-            for kind, about in (("svg", {"Date": None}), ("png", {"Software": None})):
-                content = io.BytesIO()
-                figure.savefig(content, format=kind, metadata=about, dpi=100)
+        """Show a figure, if any; write it as SVG, letters as letters, and as PNG. RuntimeError as above."""
+        if figure is None:
+            return
+        contents = {"svg": io.BytesIO(), "png": io.BytesIO()}
+        figure.savefig(contents["png"], format="png", metadata={"Software": None}, dpi=100)
+        if self.folder is not None:
+            figure.savefig(contents["svg"], format="svg", metadata={"Date": None})
+            for kind, content in contents.items():
                 self._save(f"_{name}.{kind}", content.getvalue())
+        plt.close(figure)  # else the notebook would draw it once more
+        display(Image(contents["png"].getvalue()))
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
         """Write numbers as JSON, nan as null, a text as Markdown; return the files. RuntimeError as above."""
@@ -161,6 +171,38 @@ def images_words(numbers: Mapping, size: str) -> str:
     return "{} million ({} to {})".format(*found) if found else "unknown"
 
 
+def rivals_table(numbers: Mapping) -> str:
+    """Return the table of the rivals: a row per network. Empty without any."""
+    sizes = compared(numbers)
+    columns = ["rival", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
+               *(f"batch {size}: ms per image" for size in sizes),
+               "BlockDrop is better by (points, ± standard error)", "training (s)"]  # fmt: skip
+    rows = [
+        [name, f"{100 * found['accuracy']:.2f}", f"{found['blocks']:.0f}", three_digits(found["flops"] / 1e6),
+         *(milliseconds(numbers, size, name, False) for size in sizes), POINTS.format(*found["better_by"]),
+         f"{found['seconds']:,.0f}" if found["seconds"] else "unknown"]
+        for name, found in numbers["rivals"].items()
+    ]  # fmt: skip
+    return markdown_table(columns, rows) if rows else ""
+
+
+def headroom_words(numbers: Mapping) -> str:
+    """Say how much deciding could bring at most, on held-out images."""
+    found = numbers["headroom"]
+    percent = {name: f"{100 * found[name]:.2f} %" for name in ("best_one", "oracle", "chance")}
+    return (
+        f"Of {found['policies']} learned policies the best one is right on {percent['best_one']} of the "
+        f"held-out images, an oracle on {percent['oracle']}, by chance on {percent['chance']}. Deciding "
+        f"among them could bring {100 * (found['oracle'] - found['best_one']):.2f} points at most."
+    )
+
+
+def penalty_sweep(model: str) -> list[dict]:
+    """Return the runs of `models.lab.sweep` for a model; none where there was no sweep."""
+    path = ROOT / "results" / "penalties" / f"{model}.json"
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+
+
 def verdict(numbers: Mapping) -> str:
     """Say in a few sentences when BlockDrop is worth it."""
     networks, training = numbers["networks"], numbers["training"]
@@ -176,14 +218,47 @@ def verdict(numbers: Mapping) -> str:
         said.append(f"At chance level, so that this is no verdict on BlockDrop: {', '.join(bad)}.")
     said += [_speed_words(numbers, size) for size in compared(numbers)]
     if training["sole_trainings"]:
-        said.append(f"BlockDrop's training took {training['sole_trainings']:.1f} times the sole ResNet's.")
+        said.append(f"BlockDrop's training adds {training['sole_trainings']:.1f} times the sole ResNet's.")
     if not training["here"]:
         said.append("The training was not timed on this machine: break-even in images is unknown.")
     said.append(
         f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}; "
         f"deciding per image adds {POINTS.format(*numbers['better_than_one_policy'])} points."
     )
-    return " ".join(filter(None, [*said, numbers.get("busy")]))
+    said += [_own_policy_words(numbers), _smaller_words(numbers)]
+    if not numbers["like_for_like"]:
+        said.append("The pair's file does not say that it started from this sole ResNet: not like for like.")
+    said.append(numbers["busy"])
+    return " ".join(filter(None, said))
+
+
+def _own_policy_words(numbers: Mapping) -> str:
+    """Say what deciding adds where the ResNet was finetuned for one policy alone."""
+    added = [f"{POINTS.format(*found['better_by'])} points ({name})"
+             for name, found in numbers["rivals"].items() if found["finetuned"]]  # fmt: skip
+    finetuned = "With the ResNet finetuned for one policy alone, deciding per image adds"
+    return f"{finetuned} {', '.join(added)}." if added else ""
+
+
+def _smaller_words(numbers: Mapping) -> str:
+    """Name the smallest sole ResNet that is as accurate as BlockDrop, and say what it costs."""
+    smaller = {name: found for name, found in numbers["rivals"].items() if not found["finetuned"]}
+    if not smaller:
+        return "There is no smaller sole ResNet to compare with."
+    as_accurate = [n for n, found in smaller.items() if found["better_by"][0] <= 2 * found["better_by"][1]]
+    if not as_accurate:
+        return f"No smaller sole ResNet ({', '.join(smaller)}) is as accurate within two standard errors."
+    name, sizes = as_accurate[0], compared(numbers)
+    times = [numbers["times"][size] for size in sizes]
+    speeds = " and ".join(f"{t['blockdrop']['seconds'] / t[name]['seconds']:.2f}" for t in times)
+    words = (
+        f"{name} is the smallest sole ResNet that is as accurate within two standard errors. It has {speeds} "
+    )
+    words += f"times BlockDrop's speed at batch {' and '.join(sizes)}."
+    own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
+    if None not in (own, sole, extra):
+        words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s."
+    return words
 
 
 def _speed_words(numbers: Mapping, size: str) -> str:
@@ -258,7 +333,7 @@ def main() -> None:
         file.write(text.encode())
     plots.use_style()
     with written_whole(ROOT / "results" / "accuracy_time.png") as file:
-        figure = plots.accuracy_against_time(reports, compared(reports[0]))
+        figure = plots.trade_off(reports, compared(reports[0]))
         figure.savefig(file, format="png", dpi=120)
 
 

@@ -1,4 +1,4 @@
-"""Standard errors and rank correlations of what was found on images."""
+"""Standard errors, rank correlations, headroom, and break-even of what was found on images."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 BOOTSTRAP_SAMPLES = 1000
+SHUFFLES = 20
 
 
 def standard_error(values: Tensor) -> float:
@@ -18,6 +19,23 @@ def points(hits: Tensor, others: Tensor) -> tuple[float, float]:
     """Return the difference of two accuracies in points and its standard error; hits: (N,), 1 where right."""
     differences = 100 * (hits - others)
     return differences.mean().item(), standard_error(differences)
+
+
+def headroom(right: Tensor) -> dict[str, float]:
+    """Return how much choosing among M policies could bring on N images; `right`: (N, M), 1 where right.
+
+    `best_one`: accuracy of the best policy alone. `oracle`: of who picks a right policy where there is one.
+    `chance`: the oracle's where images and policies have nothing to do with each other: columns shuffled.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(SHUFFLES, *right.shape, generator=generator).argsort(1)
+    shuffled = right.expand(SHUFFLES, -1, -1).gather(1, order)
+    return {
+        "policies": right.shape[1],
+        "best_one": right.mean(0).max().item(),
+        "oracle": right.amax(1).mean().item(),
+        "chance": shuffled.amax(2).mean().item(),
+    }
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
