@@ -11,6 +11,7 @@ from models import inference
 from models.lab import data, report, stages
 from models.lab.checkpoints import fingerprint
 from models.lab.device import choose_precision
+from models.lab.rivals import find_rivals
 
 REPORTS = sorted((ROOT / "results").glob("*_cpu.json"))
 CPU = torch.device("cpu")
@@ -45,7 +46,7 @@ def shipped(request):
 def test_shipped_weights_give_the_reports_numbers(shipped):
     found, rnet, agent, loader, logits, policies = shipped
     sole, _ = utils.build_model(found["model"])
-    utils.load_checkpoint(ROOT / found["sole_checkpoint"], sole)
+    alone = stages.load(ROOT / found["sole_checkpoint"], sole)
     one_policy = torch.tensor(found["one_policy"]).float()
     scores = {
         "sole": run(inference.prepare(sole), loader),
@@ -55,6 +56,14 @@ def test_shipped_weights_give_the_reports_numbers(shipped):
     few = 5 / len(logits)  # a tie may fall differently on another machine
     for name, expected in found["networks"].items():
         assert accuracy(scores[name], loader) == pytest.approx(expected["accuracy"], abs=few)
+    rivals = find_rivals(found["model"], alone, ROOT / "cv")
+    assert rivals.keys() == found["rivals"].keys()
+    for name, rival in rivals.items():
+        its_loader = data.Loader(utils.get_dataset(rival.model, ROOT / "data")[1], 500, CPU)
+        logits_of_all = run(inference.prepare(rival.rnet, policy=rival.policy), its_loader)
+        assert accuracy(logits_of_all, its_loader) == pytest.approx(
+            found["rivals"][name]["accuracy"], abs=few
+        )
     expected, flops = found["networks"]["blockdrop"], utils.count_flops(rnet, policies, agent).mean().item()
     assert policies.sum(1).mean().item() == pytest.approx(expected["blocks"], abs=0.02)
     assert len(policies.unique(dim=0)) == pytest.approx(expected["policies"], abs=2)

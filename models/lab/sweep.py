@@ -69,11 +69,10 @@ def sweep(
 
 
 def figures_of(checkpoint: Path) -> dict[str, object]:
-    """Return what a finetuned pair reached, held out in its last epoch and in the test, and its cost."""
+    """Return what a finetuned pair reached, held out in its last epoch and in the test."""
     pair = stages.load(checkpoint)
     figures = {name: pair.history[-1][f"val_{name}"] for name in ("accuracy", "sparsity", "policies")}
-    figures |= {"test_accuracy": read_checkpoint(checkpoint)["acc"], "epoch": len(pair.history)}
-    return figures | {name: pair.lineage[-1][name] for name in ("seconds", "machine")}
+    return figures | {"test_accuracy": read_checkpoint(checkpoint)["acc"], "epoch": len(pair.history)}
 
 
 def _plain_number(argument: str) -> str:
