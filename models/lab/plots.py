@@ -429,6 +429,8 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
             row[-1].plot([run["flops"] / 1e6 for run in runs], [100 * run["test_accuracy"] for run in runs],
                          style, color=GRAY, markersize=4, zorder=1)  # fmt: skip
         axes.plot([], [], ":", color=GRAY, label="other penalties")
+    title = "accuracy against cost per image"
+    figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
     row[0].set_ylabel("accuracy on test images (%)")
     for name in ("sole", "blockdrop", "one_policy"):
         axes.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
