@@ -146,7 +146,6 @@ def _resnet(
         tl.store(x1 + at, tl.zeros((1024,), scratch.dtype.element_ty), mask=at < SIZE)
     tl.debug_barrier()
     num_blocks = n1 + n2 + n3
-    # Pointers move on by small steps: a product of image number and stride could pass 2**31.
     images += program.to(tl.int64) * of_image
     policy += program.to(tl.int64) * of_policy
     features += program.to(tl.int64) * 64
@@ -163,8 +162,8 @@ def _resnet(
             mean = tl.where(_other_values(policy, num_blocks) == 0, mean, float("nan"))
         tl.store(features + tl.arange(0, 64), mean)
         tl.debug_barrier()
-        images += programs * of_image
-        policy += programs * of_policy
+        images += programs.to(tl.int64) * of_image
+        policy += programs.to(tl.int64) * of_policy
         features += programs * 64
 
 

@@ -22,10 +22,12 @@ def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries set themselves up on first use, which can't be captured
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # libraries set themselves up on first use, which can't be captured
+                function()
+    finally:
+        torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # The outer context: older PyTorch leaves the capture's stream in use where capture fails. The
     # mode: other threads, such as a loader's that pins memory, may go on using CUDA.
@@ -173,10 +175,10 @@ class SingleImage:
 def one_graph(step: Callable, device: torch.device, why_not: str | None = None) -> Callable:
     """Return a training step that on CUDA runs as one graph; on the CPU the step itself.
 
-    It takes and returns what `step` does: networks, optimizers or tuples of them, tensors, numbers. Each
-    shape of the tensors, and each number, gets a graph of its own on its first call, which leaves weights,
-    optimizers and random numbers as they were. Where that can't be, for the reason `why_not` or because it
-    fails, the step runs as it is, and a line says so.
+    It takes and returns what `step` does: networks, optimizers or tuples of them, tensors, numbers; anything
+    else is taken as it was on the first call. Each shape of the tensors, and each number, gets a graph of its
+    own on its first call, which leaves weights, optimizers and random numbers as they were. Where that can't
+    be, for the reason `why_not` or because it fails, the step runs as it is, and a line says so.
     """
     if device.type != "cuda":
         return step
@@ -207,7 +209,7 @@ class CapturedStep:
             try:
                 self.graphs[key] = self._captured(args)
             except RuntimeError as error:
-                _say_why_not(self.step, str(error.__context__ or error).splitlines()[0])
+                _say_why_not(self.step, str(error.__context__ or error).partition("\n")[0])
                 self.graphs = None
                 return self.step(*args)
         graph = self.graphs[key]
@@ -239,9 +241,9 @@ class CapturedStep:
 
 
 def _key(arg: object) -> object:
-    """Return what decides whether a graph serves an argument: a tensor's shape, a number, or the object."""
+    """Return what decides whether a graph serves an argument: shape and type, a number, or the object."""
     if isinstance(arg, Tensor):
-        return arg.shape
+        return arg.shape, arg.dtype
     return arg if isinstance(arg, int | float | str) else id(arg)
 
 

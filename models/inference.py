@@ -120,7 +120,8 @@ class Prepared:
             lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy, "cpu"
         )
         self.device = self.eager.resnet.rnet.conv1.weight.device
-        self.lock = threading.Lock()  # captured ways have one place for images and results
+        # Captured ways have one place for images and results: threads and streams take turns.
+        self.lock, self.done = threading.Lock(), torch.cuda.Event() if device.type == "cuda" else None
         self.ways: dict[torch.Size, Eager | Graphs | SingleImage] = {}  # captured ones, by the batch's shape
         self.how = "block by block"
         self.fused = self._fused(rnet, agent, policy)
@@ -151,7 +152,8 @@ class Prepared:
                 if not agree(found, expected, FUSED_TOLERANCE[self.precision]):
                     raise RuntimeError("it gave other logits")
         except Exception as error:  # a compiler fails in many ways
-            self.how = f"block by block (one kernel for all failed: {error})"
+            torch.cuda.synchronize(self.device)  # raises where the error has broken the device's context
+            self.how = f"block by block (one kernel for all failed: {str(error).partition(chr(10))[0]})"
             return None
         self.how = "one kernel for all blocks"
         return fused
@@ -181,7 +183,7 @@ class Prepared:
             return way.decide(x)
 
     def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and policy as a call does, but compute every block and hide what is dropped."""
+        """Return logits and policy, each block computed one by one, and hidden where it is dropped."""
         with self._mode():
             x = self._rounded(x)
             policy = self.eager.decide(x)
@@ -199,9 +201,14 @@ class Prepared:
         with self.lock, torch.inference_mode(), torch.cuda.device(self.device):
             for backend in backends:
                 backend.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
+            captures = torch.cuda.is_current_stream_capturing()
+            if not captures:
+                torch.cuda.current_stream().wait_event(self.done)  # of a call on another stream
             try:
                 yield
             finally:
+                if not captures:
+                    self.done.record()
                 for backend, precision in zip(backends, before, strict=True):
                     backend.fp32_precision = precision
 
@@ -229,7 +236,7 @@ class Prepared:
         if x.device != self.device:
             raise ValueError(f"the images are on {x.device}, the network on {self.device}: move one of them")
         fused = self.fused is not None and x.shape[2:] == (32, 32)
-        x, eager = (x, self.fused) if fused else (self._rounded(x), self.eager)
+        x, eager = (x.float(), self.fused) if fused else (self._rounded(x), self.eager)
         can_capture = self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         if not can_capture or len(x) == 0 or (len(x) > 1 and not fused):
             return x, eager, fused

@@ -43,7 +43,7 @@ def test_what_does_not_compare_is_left_out_and_named(tmp_path, monkeypatch, caps
     assert found["R8_SYN"].policy is None and torch.equal(found["equal FLOPs, finetuned"].policy, policy)
     assert torch.equal((agent.eval()(torch.rand(2, 3, 32, 32))[0] >= 0.5).float(), policy.expand(2, -1))
     said = capsys.readouterr().out.splitlines()
-    assert "pk_E_1_A_0.100.t7 was trained on other images than" in said[0] and str(damaged) in said[1]
+    assert "R14_SYN/pk_E_1_A_0.100.t7 was trained on other images" in said[0] and str(damaged) in said[1]
 
 
 def test_policies_are_chosen_by_use_and_by_flops():

@@ -127,6 +127,9 @@ def get_dataset(
     read = by_name.get(parse_model(model).dataset, functools.partial(_cifar, model))
     with first_goes_first():  # it downloads or draws
         datasets = [read(Path(root), train) for train in (True, False)]
+    train_classes, test_classes = (getattr(dataset, "class_to_idx", {}).keys() for dataset in datasets)
+    if alone := train_classes ^ test_classes:
+        raise ValueError(f"the class folder {min(alone)} is in one of train/ and val/ alone, under {root}")
     trainset, testset = datasets if max_images is None else (_first(d, max_images) for d in datasets)
     return trainset, testset
 
@@ -236,6 +239,8 @@ def _as_shown(path: str | os.PathLike) -> Image.Image:
     """Read a picture file as an image viewer shows it: upright, transparent parts white, 16 bits as 8."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("its values are fractions, save it with 8 or 16 bits per color")
         if image.mode.startswith("I"):
             image = Image.fromarray(np.uint8(np.rint(np.asarray(image) / 257).clip(0, 255)))
         if image.has_transparency_data:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PATIENCE = timedelta(hours=2)  # for the first process, which downloads; one that dies ends all at once
+PATIENCE = timedelta(hours=2)  # with one that downloads, or hangs; one that dies ends all at once
 GRACE = 5  # seconds; an error that all processes have is reported by the first one, whose end ends all
 
 

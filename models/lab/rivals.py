@@ -48,35 +48,36 @@ class Rival(NamedTuple):
 def find_rivals(model: str, alone: stages.Stage, cv_dir: str | Path) -> dict[str, Rival]:
     """Return the rivals in `cv_dir` and among those that ship, by name: sole ResNets by depth, then policies.
 
-    `alone`: the sole ResNet. Left out, and named, are files that can't be read, and sole ResNets that were
-    trained on other images.
+    `alone`: the sole ResNet. Left out, and named, are files that can't be read, and networks that were
+    trained on other images or, for one policy, from another sole ResNet.
     """
-    rivals, name = {}, parse_model(model)
-    for depth in range(8, name.depth, 6) if name.dataset != "ImgNet" else ():
-        smaller = f"R{depth}_{name.dataset}"
-        if path := stages.find(cv_dir, "trained_rnet", smaller):
-            rnet, _ = utils.build_model(smaller)
-            try:
-                stage = stages.load(path, rnet)
-            except CheckpointError as error:
-                print(f"Left out: {error}")
+    name, other = parse_model(model), stages.sole_entry(alone.lineage, model)
+    depths = range(8, name.depth, 6) if name.dataset != "ImgNet" else ()
+    places = {f"R{depth}_{name.dataset}": ("trained_rnet", f"R{depth}_{name.dataset}") for depth in depths}
+    places |= {label: (f"one_policy/{kind}/finetuned", model) for kind, label in KINDS.items()}
+    rivals = {}
+    for label, (folder, its_model) in places.items():
+        rnet, agent = utils.build_model(its_model)
+        try:
+            path = stages.find(cv_dir, folder, its_model)
+            if path is None:
                 continue
-            own, other = (stages.sole_entry(s.lineage, m) for s, m in ((stage, smaller), (alone, model)))
-            if own and other and _images_of(own) != _images_of(other):
-                print(f"Left out: {path} was trained on other images than {alone.path}")
-                continue
-            rivals[smaller] = Rival(smaller, stage, rnet, None)
-    for kind, label in KINDS.items():
-        if path := stages.find(cv_dir, f"one_policy/{kind}/finetuned", model):
-            rnet, agent = utils.build_model(model)
-            stage = stages.load(path, rnet, agent)
-            rivals[label] = Rival(model, stage, rnet, policy_of(agent))
+            stage = stages.load(path, rnet, agent if its_model == model else None)
+        except CheckpointError as error:
+            print(f"Left out: {error}")
+            continue
+        own = stages.sole_entry(stage.lineage, its_model)
+        if own and other and _origin(own, its_model == model) != _origin(other, its_model == model):
+            print(f"Left out: {path} was trained on other images, or from other weights, than {alone.path}")
+            continue
+        rivals[label] = Rival(its_model, stage, rnet, policy_of(agent) if its_model == model else None)
     return rivals
 
 
-def _images_of(entry: Mapping) -> tuple[object, float]:
-    """Return what decides which images a training has seen; older files name the held-out share."""
-    return entry["settings"].get("max_images"), entry["settings"].get("holdout", data.HOLDOUT)
+def _origin(entry: Mapping, with_weights: bool) -> tuple:
+    """Return which images a training has seen (older files name the held-out share), and its weights."""
+    settings, weights = entry["settings"], entry["weights"] if with_weights else None
+    return settings.get("max_images"), settings.get("holdout", data.HOLDOUT), weights
 
 
 def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: Path) -> Path:
@@ -135,12 +136,16 @@ def policy_of(agent: Policy) -> Tensor:
 def finetune(model: str, pair_path: Path, kind: str, cv_dir: Path, data_dir: str, out: Path) -> Path:
     """Finetune the ResNet for one policy, as the pair was finetuned; return the new pair's file in `out`.
 
-    The weights to start from are those of the newest trained policy in `cv_dir`.
+    The weights to start from are those of the newest trained policy in `cv_dir`; ValueError where the pair
+    started from others.
     """
     pair = stages.load(pair_path)
+    entries = [e for e in pair.lineage if e["stage"] == "finetuning"]
     rnet, agent = utils.build_model(model)
     hint = f"train a policy of {model} first"
     start = stages.load(stages.find(cv_dir, "trained_policy", model, hint), rnet, agent)
+    if not entries or start.lineage[-1:] != pair.lineage[-len(entries) - 1 : -len(entries)]:
+        raise ValueError(f"{pair_path} does not say that it was finetuned from {start.path}")
     policies, flops = heldout_policies(model, pair, data_dir)
     policy = choose(kind, model, policies, flops, parse_model(model).image_size)
     always(agent, policy)
@@ -152,7 +157,6 @@ def finetune(model: str, pair_path: Path, kind: str, cv_dir: Path, data_dir: str
         "lineage": lineage,
     })  # fmt: skip
     print(f"{kind}: blocks {', '.join(str(int(k) + 1) for k in policy.nonzero())}")
-    entries = [e for e in pair.lineage if e["stage"] == "finetuning"]
     for number, entry in enumerate(entries, start=1):
         known = {k: v for k, v in entry["settings"].items() if k in names_of(NOTEBOOK)}
         settings = known | {

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import time
 import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,8 +37,10 @@ def measure(
     the device already. Times are given per part, such as an image, of the `parts` that a call computes.
     """
     times: dict[object, list[float]] = {name: [] for name in functions}
-    order, end = list(functions), time.perf_counter() + seconds * len(functions)
+    order, end = list(functions), math.inf
     for number in range(MOST_ROUNDS + 1):
+        if number == 1:
+            end = time.perf_counter() + seconds * len(functions)
         if number > FEWEST_ROUNDS and time.perf_counter() > end:
             break
         for name in order:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import errno
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from models.lab.files import advice
 from models.lab.stages import TORCHVISION, Stage
 from models.lab.timing import machine_record, same_machine
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # of file systems that can't lock
 CHECK_EVERY = 100  # steps between two looks at whether the losses are finite
 RESULT = (
     "Accuracy: {accuracy:.3f} | Reward: {reward:.2E} | Sparsity: {sparsity:.3f} | "
@@ -188,7 +190,10 @@ class Training:
         except Timeout:
             todo = "wait for it, end it, or set another cv_dir"
             raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
-        except OSError as error:
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+                print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
+                return lock
             todo = advice(error, self.folder)
             raise RuntimeError(f"could not write in {self.folder} ({error}): {todo}") from error
         return lock

@@ -84,6 +84,7 @@ def our_step(model, stage, cl_step, device, precision):
     rnet, agent = (net.to(device, memory_format=torch.channels_last).train() for net in networks)
     sgd, adam = steps.sgd(rnet, LR, 100)[0], torch.optim.Adam(agent.parameters(), LR)
     skip_dropped = device.type != "cuda"  # for it the host counts images, which no graph can
+    why_not = None
     if stage == "sole ResNet":
         step, before, after = sole.sole_step, (rnet, sgd), (precision,)
     elif stage == "stochastic depth":
@@ -91,10 +92,11 @@ def our_step(model, stage, cl_step, device, precision):
     elif stage == "policy training":
         frozen = inference.prepare(rnet.eval(), precision=precision)
         step, before, after = steps.policy_step, (agent, frozen, adam), (precision, cl_step, SAMPLING)
+        why_not = None if frozen.fused else "the host reads the policies"
     else:
         step, before = steps.finetuning_step, (rnet, agent, (sgd, adam))
         after = (precision, skip_dropped, SAMPLING)
-    step = one_graph(step, device)
+    step = one_graph(step, device, why_not)
     return lambda images, labels: step(*before, images, labels, *after)
 
 
