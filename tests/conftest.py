@@ -9,6 +9,9 @@ from running import ROOT, step_functions
 
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 sys.path.insert(0, str(ROOT))
+# In networks as small as the tests', threads wait for each other longer than they compute.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton's kernels then run on the CPU
 
