@@ -57,11 +57,11 @@ def find_rivals(model: str, alone: stages.Stage, cv_dir: str | Path) -> dict[str
     places |= {label: (f"one_policy/{kind}/finetuned", model) for kind, label in KINDS.items()}
     rivals = {}
     for label, (folder, its_model) in places.items():
-        rnet, agent = utils.build_model(its_model)
         try:
             path = stages.find(cv_dir, folder, its_model)
             if path is None:
                 continue
+            rnet, agent = utils.build_model(its_model)
             stage = stages.load(path, rnet, agent if its_model == model else None)
         except CheckpointError as error:
             print(f"Left out: {error}")
@@ -113,11 +113,12 @@ def choose(kind: str, model: str, policies: Tensor, flops: float, image_size: in
         return distinct[counts.argmax()]
     rnet, _ = utils.build_model(model)
     policy = torch.zeros(rnet.num_blocks)
+    spent = utils.count_flops(rnet, policy[None], None, image_size)
+    blocks = utils.count_flops(rnet, torch.eye(rnet.num_blocks), None, image_size) - spent
     for block in policies.mean(0).argsort(descending=True, stable=True):
-        more = policy.clone()
-        more[block] = 1
-        if utils.count_flops(rnet, more[None], None, image_size).item() <= flops:
-            policy = more
+        if spent + blocks[block] <= flops:
+            policy[block] = 1
+            spent += blocks[block]
     return policy
 
 
