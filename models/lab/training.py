@@ -12,7 +12,7 @@ import tensorboardX
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
 from models.lab import checkpoints
@@ -296,9 +296,12 @@ def first_averaged_epoch(epochs: int, averaging: float) -> int:
     return epochs - averaged
 
 
-@torch.no_grad()
 def take_average(
-    averaged: AveragedModel, rnet: nn.Module, loader: Loader, precision: str, forward: Callable | None = None
+    averaged: AveragedModel,
+    rnet: nn.Module,
+    loader: Loader,
+    precision: str,
+    forward: Callable[[Tensor], object] | None = None,
 ) -> None:
     """Give the ResNet the mean of the weights that `averaged` has seen.
 
@@ -308,17 +311,23 @@ def take_average(
     """
     rnet.load_state_dict(averaged.module.state_dict())
     norms = [module for module in rnet.modules() if isinstance(module, nn.BatchNorm2d)]
-    before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.momentum) for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean of all batches
-    rnet.train()
+    before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     with autocast(precision, loader.device):
-        for images, _ in loader:
-            (forward or rnet)(images)
-    for norm, (mean, variance, momentum) in zip(norms, before, strict=True):
-        norm.momentum = momentum
+        update_bn(loader, _Running(rnet, forward or rnet))
+    for norm, (mean, variance) in zip(norms, before, strict=True):
         if norm.num_batches_tracked == 0:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
     average_statistics(rnet)
+
+
+class _Running(nn.Module):
+    """A network that runs by a function of its own choice, as `update_bn` calls it."""
+
+    def __init__(self, network: nn.Module, function: Callable[[Tensor], object]):
+        super().__init__()
+        self.network = network
+        self.__dict__["function"] = function  # not as a part: its batch norms are not to learn
+
+    def forward(self, x: Tensor) -> object:
+        return self.function(x)
