@@ -6,7 +6,6 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,26 +60,15 @@ def _branch(convs: list[tuple], x: Tensor, residual: Tensor) -> Tensor:
     return F.relu_(torch.conv2d(x, *convs[-1]).add_(residual))
 
 
-class Eager(NamedTuple):
-    """A ResNet, with a policy network or one policy, as plain functions, which `models.graphs` captures."""
+class Eager:
+    """A ResNet, with a policy network or one policy (K,), as plain functions, which `models.graphs` captures.
 
-    resnet: Callable[[Tensor, Tensor | None], Tensor]  # images, policies -> logits
-    features: Callable[[Tensor], Tensor] | None  # images -> what the policy network's last layer takes
-    agent: Policy | None
-    policy: Tensor | None  # (K,)
+    The networks are folded. `run` makes a ResNet's function of it: images and policies to logits.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        run: Callable,
-        rnet: FlatResNet,
-        agent: Policy | None,
-        policy: Tensor | None,
-        device: torch.device | str,
-    ) -> "Eager":
-        """Make it of folded networks. `run` makes a ResNet's function, which reads policies on `device`."""
-        features = None if agent is None else run(agent.features)
-        return cls(run(rnet), features, agent, None if policy is None else policy.to(device))
+    def __init__(self, run: Callable, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None):
+        self.resnet, self.agent, self.policy = run(rnet), agent, policy
+        self.features = None if agent is None else run(agent.features)
 
     def alone(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under the one policy, or every block kept."""
@@ -101,24 +89,40 @@ class Eager(NamedTuple):
 
 
 class Prepared:
-    """A ResNet, alone or under a policy network, ready for inference. Made by `prepare`."""
+    """`rnet`, alone, under `agent`, or under one policy (K,) for all, ready for inference.
+
+    All three stay untouched. Batch norm is folded, weights are in `precision` ("fp32", "tf32", "bf16" or
+    "fp16") on `device` (None: where `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent,
+    logits and policy (N, K). Any batch size; blocks are computed for the images that keep them and no others.
+    On CUDA networks for 32x32 images run as one kernel in fp16 and bf16, others block by block; `net.note`
+    says which, and why not.
+    ValueError for an unknown precision or one that the device lacks, and for a policy of another shape or
+    with values other than 0 and 1.
+    """
 
     def __init__(
         self,
         rnet: FlatResNet,
-        agent: Policy | None,
-        precision: str,
-        device: torch.device,
-        policy: Tensor | None,
+        agent: Policy | None = None,
+        precision: str = "fp32",
+        device: torch.device | str | None = None,
+        policy: Tensor | None = None,
     ):
+        if precision not in DTYPES:
+            raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(DTYPES)}")
+        device = torch.device(device) if device is not None else rnet.fc.weight.device
+        has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        if precision == "tf32" and not has_tf32:
+            raise ValueError(f'{device} has no {precision}: choose precision "fp32"')
+        if policy is not None:
+            policy = policy.cpu()
+            rnet.check_policy(policy[None], 1)
         self.precision, self.num_blocks = precision, rnet.num_blocks
         in_full = device.type == "cuda" and precision == "fp32"
         self.format = torch.contiguous_format if in_full else torch.channels_last  # the faster one
         to = {"dtype": DTYPES[precision], "device": device, "memory_format": self.format}
         rnet, agent = fold(rnet), None if agent is None else fold(agent).to(device)
-        self.eager = Eager.of(
-            lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy, "cpu"
-        )
+        self.eager = Eager(lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy)
         self.device = self.eager.resnet.rnet.conv1.weight.device
         # Captured ways have one place for images and results: threads and streams take turns.
         self.lock, self.done = threading.Lock(), torch.cuda.Event() if device.type == "cuda" else None
@@ -139,7 +143,7 @@ class Prepared:
             from models.fused import FusedResNet  # here: not every PyTorch comes with Triton
 
             fuse = functools.partial(FusedResNet, dtype=DTYPES[self.precision], device=self.device)
-            fused = Eager.of(fuse, rnet, agent, policy, self.device)
+            fused = Eager(fuse, rnet, agent, None if policy is None else policy.to(self.device))
             with self._mode():
                 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
                 policies = (torch.arange(2 * self.num_blocks) % 3 > 0).float().view(2, -1).to(self.device)
@@ -161,15 +165,16 @@ class Prepared:
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
-        `policy`: run this one instead of the agent's. Alone and without one, every block is kept, or those
-        of the one policy. ValueError for a policy of another shape or with values other than 0 and 1, and
-        for anything but RGB images on the network's device. The one kernel reads a policy on its device
-        without a word to the host: there, other values give logits that are not a number.
+        `policy` (N, K): run this one instead. ValueError as above, and for anything but RGB images on the
+        network's device. The one kernel reads a policy on its device without a word to the host: there,
+        values other than 0 and 1 give logits that are not a number.
         """
         with self._mode():
             x, way, fused = self._way(x)
             if policy is not None:
-                logits = way.under(x, self._checked(policy, len(x), fused))
+                ran = policy if fused else policy.cpu()
+                self.eager.resnet.rnet.check_policy(ran, len(x))
+                logits = way.under(x, ran.to(self.device) if fused else ran)
             elif self.eager.agent is None:
                 return way.alone(x)
             else:
@@ -216,15 +221,6 @@ class Prepared:
         """Return images in the network's precision and memory format."""
         return x.to(DTYPES[self.precision], memory_format=self.format)
 
-    def _checked(self, policy: Tensor, n: int, fused: bool) -> Tensor:
-        """Return policies for n images where they are read: on the device if `fused`, else on the host."""
-        self.eager.resnet.rnet.check_policy(policy, n)
-        if not fused:
-            policy = policy.cpu()
-        if policy.device.type == "cpu":
-            check_values(policy)
-        return policy.to(self.device) if fused else policy
-
     def _way(self, x: Tensor) -> tuple[Tensor, Eager | Graphs | SingleImage, bool]:
         """Return images as a way takes them, the way, and whether it is by one kernel.
 
@@ -254,6 +250,9 @@ class Prepared:
         return x, self.ways[x.shape], fused
 
 
+prepare = Prepared
+
+
 def agreement(network: Prepared, exact: Prepared, batches: Iterable) -> tuple[int, float]:
     """Return for how many images two networks predict the same, and how far their logits lie apart, relative.
 
@@ -268,37 +267,3 @@ def agreement(network: Prepared, exact: Prepared, batches: Iterable) -> tuple[in
         apart += (found - expected).square().sum().item()
         whole += expected.square().sum().item()
     return same, (apart / whole) ** 0.5
-
-
-def check_values(policy: Tensor) -> None:
-    """Raise ValueError for a policy on the host with values other than 0 and 1."""
-    if not ((policy == 0) | (policy == 1)).all():
-        raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
-
-
-def prepare(
-    rnet: FlatResNet,
-    agent: Policy | None = None,
-    precision: str = "fp32",
-    device: torch.device | str | None = None,
-    policy: Tensor | None = None,
-) -> Prepared:
-    """Return `rnet`, alone, under `agent`, or under one policy (K,) for all; all stay untouched.
-
-    Batch norm folded, weights in `precision` ("fp32", "tf32", "bf16" or "fp16") on `device` (None: where
-    `rnet` is). Alone, `net(x)` gives logits (N, classes); with an agent, logits and policy (N, K). Any batch
-    size; blocks are computed for the images that keep them and no others. On CUDA networks for 32x32 images
-    run as one kernel in fp16 and bf16, others block by block; `net.note` says which, and why not.
-    ValueError for an unknown precision or one that the device lacks, and for a policy of another shape or
-    with values other than 0 and 1.
-    """
-    if precision not in DTYPES:
-        raise ValueError(f"unknown precision {precision!r}: expected one of {', '.join(DTYPES)}")
-    device = torch.device(device) if device is not None else rnet.fc.weight.device
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "tf32" and not has_tf32:
-        raise ValueError(f'{device} has no {precision}: choose precision "fp32"')
-    if policy is not None:
-        rnet.check_policy(policy[None], 1)
-        check_values(policy.cpu())
-    return Prepared(rnet, agent, precision, device, policy)

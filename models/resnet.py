@@ -74,21 +74,22 @@ class FlatResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
     def check_policy(self, policy: Tensor, num_images: int) -> None:
-        """Raise ValueError for a policy of another shape than (N, K)."""
+        """Raise ValueError for a policy that is not (N, K) or, on the host, not made of 0 and 1."""
         expected = (num_images, self.num_blocks)
         if policy.shape != expected:
             raise ValueError(
                 f"policy has shape {tuple(policy.shape)}, expected {expected}: "
                 "one row per image, one column per block"
             )
+        if policy.device.type == "cpu" and not ((policy == 0) | (policy == 1)).all():
+            raise ValueError("policy has values other than 0 (drop) and 1 (keep)")
 
     def forward(self, x: Tensor, policy: Tensor | None = None, skip_dropped: bool = False) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under a policy (N, K) each.
 
         Masked: every block is computed for every image and hidden where the policy drops it. With
-        `skip_dropped` each block is computed only for the images that keep it. In eval mode that
-        gives the same result, sooner; in train mode batch norm, too, sees only those images.
-        Without a policy every block is kept. ValueError for a policy of another shape.
+        `skip_dropped` each block is computed only for the images that keep it, and in train mode batch norm
+        sees only those. Without a policy every block is kept. ValueError as in `check_policy`.
         """
         if policy is None:
             return self.forward_full(x)
@@ -105,13 +106,11 @@ class FlatResNet(nn.Module):
     def forward_single(self, x: Tensor, policy: Tensor | Sequence[float]) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under one policy (K,) for all of them.
 
-        Dropped blocks are not computed. ValueError for a policy of another length.
+        Dropped blocks are not computed. ValueError as in `check_policy`.
         """
-        if isinstance(policy, Tensor):
-            policy = policy.flatten().tolist()
-        if len(policy) != self.num_blocks:
-            raise ValueError(f"policy has {len(policy)} entries, expected {self.num_blocks}: one per block")
-        return self._run(x, [keep > 0.5 for keep in policy])
+        policy = torch.as_tensor(policy).reshape(1, -1)
+        self.check_policy(policy, 1)
+        return self._run(x, (policy[0] > 0.5).tolist())
 
     def forward_full(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) with every block kept: the sole ResNet."""

@@ -67,7 +67,7 @@ def test_the_policy_network_decides_and_the_resnet_follows():
     fuse = partial(FusedResNet, dtype=torch.float16, device=DEVICE)
     images = torch.rand(3, 3, 32, 32, device=DEVICE) * torch.arange(1, 4, device=DEVICE)[:, None, None, None]
     policy = (agent(images)[0] >= 0.5).float()
-    logits, decided = Eager.of(fuse, rnet, agent, None, DEVICE).both(images)
+    logits, decided = Eager(fuse, rnet, agent, None).both(images)
     assert torch.equal(decided, policy)
     assert (logits - rnet(images, policy)).norm() <= 0.003 * logits.norm()
 
