@@ -2,13 +2,13 @@
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.base import BasicBlock, Bottleneck
+from models.base import Bottleneck
 from models.lab.checkpoints import load_checkpoint, load_weights_to_flatresnet
 from models.lab.data import get_dataset
 from models.lab.distributed import gathered
@@ -34,10 +34,10 @@ def build_model(model: str) -> tuple[FlatResNet, Policy]:
     num_blocks = sum(name.layer_config)
     if name.dataset == "ImgNet":
         rnet = FlatResNet224(Bottleneck, name.layer_config, name.num_classes)
-        agent = Policy224(num_blocks=num_blocks)
+        agent = Policy224(num_blocks)
     else:
-        rnet = FlatResNet32(BasicBlock, name.layer_config, name.num_classes)
-        agent = Policy32(num_blocks=num_blocks)
+        rnet = FlatResNet32(name.layer_config, name.num_classes)
+        agent = Policy32(num_blocks)
     rnet.model = agent.model = model  # so that weights of another model are not taken for its own
     return rnet, agent
 
@@ -91,23 +91,14 @@ def count_flops(
     blocks are kept (N = 1); with an `agent`, its FLOPs are added. `image_size` in pixels.
     """
     image = torch.zeros(1, 3, image_size, image_size)
-
-    def flops(function: Callable[[Tensor], object], x: Tensor) -> tuple[int, object]:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            y = function(x)
-        return counter.get_total_flops(), y
-
-    counted = copy.deepcopy(rnet).eval().float().cpu()
-    always, x = flops(counted.seed, image)
-    per_block = []
-    for shortcut, block in counted.shortcuts_and_blocks():
-        cost, residual = flops(shortcut, x)
-        always += cost
-        per_block.append(flops(block, x)[0])
-        x = residual
-    always += flops(counted.classify, x)[0]
-    if agent is not None:
-        always += flops(copy.deepcopy(agent).eval().float().cpu(), image)[0]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for network in (rnet, agent):
+            if network is not None:
+                copy.deepcopy(network).eval().float().cpu()(image)
+    found = {module: sum(flops.values()) for module, flops in counter.get_flop_counts().items()}
+    places = ((i, j) for i, num_blocks in enumerate(rnet.layer_config) for j in range(num_blocks))
+    per_block = [found[f"{type(rnet).__name__}.blocks.{i}.{j}"] for i, j in places]
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
-    return always + policies.double() @ torch.tensor(per_block).double().to(policies.device)
+    of_policies = policies.double() @ torch.tensor(per_block).double().to(policies.device)
+    return found["Global"] - sum(per_block) + of_policies

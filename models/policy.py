@@ -1,7 +1,5 @@
 """Policy networks: which blocks of the ResNet should run for this image?"""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,10 +36,10 @@ class Policy(nn.Module):
 
 
 class Policy32(Policy):
-    """Policy network for 32x32 images: a ResNet-8 unless `layer_config` says otherwise."""
+    """Policy network for 32x32 images: a ResNet-8."""
 
-    def __init__(self, layer_config: Sequence[int] = (1, 1, 1), num_blocks: int = 15):
-        super().__init__(FlatResNet32(BasicBlock, layer_config), num_blocks)
+    def __init__(self, num_blocks: int):
+        super().__init__(FlatResNet32((1, 1, 1)), num_blocks)
 
 
 class Policy224(Policy):
@@ -50,8 +48,8 @@ class Policy224(Policy):
     A ResNet-18's weights fit its layers: each segment is a ResNet-18's with its first block alone.
     """
 
-    def __init__(self, layer_config: Sequence[int] = (1, 1, 1, 1), num_blocks: int = 33):
-        super().__init__(FlatResNet224(BasicBlock, layer_config), num_blocks)
+    def __init__(self, num_blocks: int):
+        super().__init__(FlatResNet224(BasicBlock, (1, 1, 1, 1)), num_blocks)
 
     def view(self, x: Tensor) -> Tensor:
         return F.avg_pool2d(x, 2)

@@ -134,14 +134,9 @@ class FlatResNet32(FlatResNet):
     Source: He et al., CVPR 2016, section 4.2; shortcuts between segments are DownsampleB.
     """
 
-    def __init__(
-        self,
-        block: type[BasicBlock] = BasicBlock,
-        layer_config: Sequence[int] = (5, 5, 5),
-        num_classes: int = 10,
-    ):
+    def __init__(self, layer_config: Sequence[int] = (5, 5, 5), num_classes: int = 10):
         stem = conv3x3(3, 16), nn.Identity()
-        super().__init__(*stem, DownsampleB, (16, 32, 64), block, layer_config, num_classes)
+        super().__init__(*stem, DownsampleB, (16, 32, 64), BasicBlock, layer_config, num_classes)
 
 
 class FlatResNet224(FlatResNet):
