@@ -216,7 +216,8 @@ def test_weights_are_averaged_and_batch_norm_learns_the_means_statistics():
     dropped, policy = averaged.module.blocks[0][0].bn1, torch.tensor([[0.0, 1, 1]])
     dropped.running_mean.fill_(3)
     rnet.bn1.register_forward_pre_hook(lambda _, x: means.append(x[0].mean((0, 2, 3))))
-    take_average(averaged, rnet, images(40, 10), "fp32", lambda x: rnet(x, policy.expand(len(x), 3), True))
+    with rnet.register_forward_pre_hook(lambda _, x: (*x, policy.expand(len(*x), 3), True)):
+        take_average(averaged, rnet, images(40, 10), "fp32")
     torch.testing.assert_close(rnet.conv1.weight, sum(seen) / 2)
     torch.testing.assert_close(rnet.bn1.running_mean, torch.stack(means).mean(0))
     assert len(means) == 4 and rnet.bn1.momentum == 0.1 and rnet.training

@@ -5,7 +5,7 @@ import copy
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tensorboardX
@@ -296,38 +296,19 @@ def first_averaged_epoch(epochs: int, averaging: float) -> int:
     return epochs - averaged
 
 
-def take_average(
-    averaged: AveragedModel,
-    rnet: nn.Module,
-    loader: Loader,
-    precision: str,
-    forward: Callable[[Tensor], object] | None = None,
-) -> None:
+def take_average(averaged: AveragedModel, rnet: nn.Module, loader: Loader, precision: str) -> None:
     """Give the ResNet the mean of the weights that `averaged` has seen.
 
-    Batch norm learns the mean's statistics in one pass of the `loader`, whose images (n, 3, H, W) go to
-    `forward` (None: the ResNet). A block that no image keeps has the statistics that it had.
-    Stochastic weight averaging: Izmailov et al., UAI 2018.
+    Batch norm learns the mean's statistics in one pass of the `loader`; in a block that no image keeps it
+    has those that it had. Stochastic weight averaging: Izmailov et al., UAI 2018.
     """
     rnet.load_state_dict(averaged.module.state_dict())
     norms = [module for module in rnet.modules() if isinstance(module, nn.BatchNorm2d)]
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     with autocast(precision, loader.device):
-        update_bn(loader, _Running(rnet, forward or rnet))
+        update_bn(loader, rnet)
     for norm, (mean, variance) in zip(norms, before, strict=True):
         if norm.num_batches_tracked == 0:
             norm.running_mean.copy_(mean)
             norm.running_var.copy_(variance)
     average_statistics(rnet)
-
-
-class _Running(nn.Module):
-    """A network that runs by a function of its own choice, as `update_bn` calls it."""
-
-    def __init__(self, network: nn.Module, function: Callable[[Tensor], object]):
-        super().__init__()
-        self.network = network
-        self.__dict__["function"] = function  # not as a part: its batch norms are not to learn
-
-    def forward(self, x: Tensor) -> object:
-        return self.function(x)
