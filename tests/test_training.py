@@ -153,7 +153,7 @@ def test_a_folder_is_in_use_while_it_is_trained_in(tmp_path):
 
 def test_a_folder_that_cannot_be_is_said_before_training(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"could not write in .*a file stands where a folder is needed"):
+    with pytest.raises(RuntimeError, match=r"could not write .*a file stands where a folder is needed"):
         train(tmp_path / "file" / "run")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from models.lab.distributed import rank, wait_for_all
-from models.lab.files import advice, written_whole
+from models.lab.files import written_whole
 
 _GET_AGAIN = "Get the file again, or train it with the notebooks"
 _CHOOSE_MODEL = "Choose the `model` that the file was trained for, or another file"
@@ -49,12 +49,8 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     if rank() == 0:
         content = io.BytesIO()
         torch.save(state, content)
-        try:
-            with written_whole(path) as file:
-                file.write(content.getbuffer())
-        except OSError as error:
-            todo = f"{advice(error, path)}; whatever stood there before is unharmed"
-            raise RuntimeError(f"could not write {path} ({error}): {todo}") from error
+        with written_whole(path) as file:
+            file.write(content.getbuffer())
     wait_for_all()
     return path
 

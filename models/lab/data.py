@@ -168,7 +168,7 @@ def _syn(root: Path, train: bool) -> Images:
             drawing = syn.Drawing(**file)
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
         drawing = syn.draw(num_images, seed)
-        with contextlib.suppress(OSError), written_whole(path) as file:  # else it is drawn again next time
+        with contextlib.suppress(RuntimeError), written_whole(path) as file:  # else it is drawn again
             np.savez(file, **drawing._asdict())
     images, labels, difficulty = map(torch.from_numpy, drawing)
     return Images(images, labels, syn.CLASSES, difficulty=difficulty, augment=train)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and advice for the errors of the operating system."""
+"""Files written whole or not at all, and what to do about errors of the operating system."""
 
 import contextlib
 import errno
@@ -9,26 +9,33 @@ from pathlib import Path
 from typing import IO
 
 
-def advice(error: OSError, path: str | os.PathLike) -> str:
-    """Return what to do about an error of the operating system in writing `path`."""
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"you may not write {path}: ask its owner, or choose another folder"
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return "a file stands where a folder is needed: move it away, or choose another folder"
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return "free some space, or choose another folder" if full else "choose another folder"
+@contextlib.contextmanager
+def explained(path: str | os.PathLike) -> Iterator[None]:
+    """Raise an error of the operating system in writing `path` as RuntimeError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        todo = "choose another folder"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            todo = f"ask its owner, or {todo}"
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+            todo = f"a file stands where a folder is needed: move it away, or {todo}"
+        elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+            todo = f"free some space, or {todo}"
+        raise RuntimeError(f"could not write {path} ({error}): {todo}") from error
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a file to write to, which appears as `path` only when it is complete. OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Yield a file to write to, which appears as `path` only when it is complete. RuntimeError."""
     temporary = path.with_name(f".{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:  # its mode follows the umask
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "xb") as file:  # its mode follows the umask
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

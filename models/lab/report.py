@@ -3,25 +3,22 @@
 `python -m models.lab.report` brings the README's table and picture up to date with the files in `results/`.
 """
 
-import contextlib
-import io
 import json
 import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from IPython.display import Image, display
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from models.lab import plots
 from models.lab.device import choose_precision
-from models.lab.files import advice, written_whole
+from models.lab.files import explained, written_whole
 from models.lab.statistics import standard_error
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -57,42 +54,27 @@ class Report:
                 tempfile.TemporaryFile(dir=self.folder).close()
 
     def picture(self, name: str, figure: Figure | None) -> None:
-        """Show a figure, if any; write it as SVG, letters as letters, and as PNG. RuntimeError as above."""
-        if figure is None:
-            return
-        contents = {"svg": io.BytesIO(), "png": io.BytesIO()}
-        figure.savefig(contents["png"], format="png", metadata={"Software": None}, dpi=100)
-        if self.folder is not None:
-            figure.savefig(contents["svg"], format="svg", metadata={"Date": None})
-            for kind, content in contents.items():
-                self._save(f"_{name}.{kind}", content.getvalue())
-        plt.close(figure)  # else the notebook would draw it once more
-        display(Image(contents["png"].getvalue()))
+        """Write a figure, if any, as SVG, letters as letters, and as PNG; show it. RuntimeError as above."""
+        if figure is not None and self.folder is not None:
+            path = self.folder / f"{self.name}_{name}"
+            with explained(path):
+                figure.savefig(f"{path}.svg", metadata={"Date": None})
+                figure.savefig(f"{path}.png", metadata={"Software": None}, dpi=100)
+        plt.show()
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
         """Write numbers as JSON, nan as null, a text as Markdown; return the files. RuntimeError as above."""
         if self.folder is None:
             return []
         plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
-        content = json.dumps(plain, indent=1, ensure_ascii=False)
-        return [self._save(".json", f"{content}\n".encode()), self._save(".md", f"{text}\n".encode())]
-
-    def _save(self, ending: str, content: bytes) -> Path:
-        path = self.folder / f"{self.name}{ending}"
-        with explained(path), written_whole(path) as file:
-            file.write(content)
-        return path
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Raise an OSError with a report's path as RuntimeError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise RuntimeError(
-            f"can't write the report ({error}): {advice(error, path)} (results_dir)"
-        ) from error
+        contents = {
+            self.folder / f"{self.name}.json": json.dumps(plain, indent=1, ensure_ascii=False),
+            self.folder / f"{self.name}.md": text,
+        }
+        for path, content in contents.items():
+            with written_whole(path) as file:
+                file.write(f"{content}\n".encode())
+        return list(contents)
 
 
 def figures(hits: Tensor, policies: Tensor, flops: Tensor) -> dict[str, float]:

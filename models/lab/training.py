@@ -20,7 +20,7 @@ from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint
 from models.lab.data import Loader, share_of
 from models.lab.device import autocast, mixed, seed_everything
 from models.lab.distributed import average_statistics, num_processes, rank, total
-from models.lab.files import advice
+from models.lab.files import explained
 from models.lab.stages import TORCHVISION, Stage
 from models.lab.timing import machine_record, same_machine
 
@@ -182,20 +182,19 @@ class Training:
         lock = FileLock(self.folder / ".lock", is_singleton=True)
         if rank() > 0:
             return lock
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-            for left_by_a_kill in self.folder.glob(".*.tmp"):
-                left_by_a_kill.unlink()
-        except Timeout:
-            todo = "wait for it, end it, or set another cv_dir"
-            raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, NotImplementedError) or error.errno in NO_LOCKS:
+        with explained(self.folder):
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=0)
+                for left_by_a_kill in self.folder.glob(".*.tmp"):
+                    left_by_a_kill.unlink()
+            except Timeout:
+                todo = "wait for it, end it, or set another cv_dir"
+                raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
+            except (OSError, NotImplementedError) as error:
+                if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+                    raise
                 print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
-                return lock
-            todo = advice(error, self.folder)
-            raise RuntimeError(f"could not write in {self.folder} ({error}): {todo}") from error
         return lock
 
     def batches(self, loader: Loader, losses: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, Tensor]]:
