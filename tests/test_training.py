@@ -270,30 +270,6 @@ def test_where_training_cannot_start(cv):
         stages.starting_point("R14_SYN", "auto", False, cv, None)
 
 
-OLD_SOLE = {"seconds": 5.0, "machine": "A; B", "settings": {"model": "R20_SYN"}}
-OLD_POLICY = OLD_SOLE | {"stage": "policy training", "sole_resnet": "0123456789ab"}
-OLD_PAIR = OLD_SOLE | {"sole_resnet": "0123456789ab", "policy_seconds": 3.0, "policy_machine": None}
-
-
-@pytest.mark.parametrize(
-    ("content", "expected", "costs"),
-    [
-        ({}, [], (None, None, 0)),  # the original's
-        (OLD_SOLE, [("sole", 5, "AB")], (5, None, 0)),
-        (OLD_POLICY, [("sole", None, ""), ("policy training", 5, "AB")], (None, 5, 0)),
-        (OLD_PAIR, [("sole", None, ""), ("policy training", 3, ""), ("finetuning", 5, "AB")], (None, 3, 5)),
-    ],
-)
-def test_files_without_lineage_say_what_they_know(tmp_path, content, expected, costs):
-    weights = {"resnet": {"fc.weight": torch.zeros(1)}, "agent": {"logit.weight": torch.zeros(1)}}
-    stage = stages.load(save_checkpoint(tmp_path / "old.t7", content | weights | {"history": [1]}))
-    assert stage.holds == ("resnet", "agent") and stage.history == [1]
-    found = [(e["stage"], e["seconds"], "".join(m["name"] for m in e["machine"])) for e in stage.lineage]
-    assert found == expected and tuple(stages.costs(stage.lineage, "R20_SYN").values()) == costs
-    if "sole_resnet" in content:
-        assert stages.sole_entry(stage.lineage, "R20_SYN")["weights"] == "0123456789ab"
-
-
 def test_costs_are_sums_over_the_lineage():
     sole, eight = entry("sole", 100.0), entry("sole", 5.0, "R8_SYN")
     policy = [sole, entry("stochastic depth", 20.0), eight, entry("policy training", 10.0)]

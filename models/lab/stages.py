@@ -45,7 +45,7 @@ def load(path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Modul
     """Return the stage that ended in a checkpoint, its weights loaded. Errors as in `load_checkpoint`."""
     states, rest = split(read_checkpoint(path), path)
     load_states(states, rest, path, rnet, agent)
-    return Stage(Path(path), tuple(states), rest.get("history", []), _lineage(rest))
+    return Stage(Path(path), tuple(states), rest.get("history", []), rest.get("lineage", []))
 
 
 def load_networks(stage: Stage, features: Stage | None, rnet: nn.Module, agent: nn.Module) -> None:
@@ -104,30 +104,6 @@ def sole_hint(model: str) -> str | None:
     """Return what to do where there is no sole ResNet; None for ImageNet, which has torchvision's."""
     dataset = parse_model(model).dataset
     return None if dataset == "ImgNet" else f"run rnet_sole.ipynb with model = {model!r} first"
-
-
-def _lineage(rest: Mapping) -> list[dict]:
-    """Return a checkpoint's lineage; of an older file what it says of it."""
-    if "lineage" in rest:
-        return rest["lineage"]
-    if "seconds" not in rest or not isinstance(rest.get("settings"), Mapping):  # not ours
-        return []
-
-    def entry(stage, seconds, machine, weights, settings):
-        machines = [{"name": name} for name in machine.split("; ")] if machine else []
-        return {"stage": stage, "seconds": seconds, "machine": machines, "weights": weights,
-                "settings": settings}  # fmt: skip
-
-    finetuned = "policy_seconds" in rest
-    stage = rest.get("stage", "finetuning" if finetuned else "sole")
-    entries = [entry(stage, rest["seconds"], rest.get("machine"), None, rest["settings"])]
-    if finetuned:
-        of_policy = entry("policy training", rest["policy_seconds"], rest.get("policy_machine"), None, {})
-        entries.insert(0, of_policy)
-    if stage != "sole":
-        model = {"model": rest["settings"].get("model")}
-        entries.insert(0, entry("sole", None, None, rest.get("sole_resnet"), model))
-    return entries
 
 
 def costs(lineage: Sequence[Mapping], model: str) -> dict[str, float | None]:
