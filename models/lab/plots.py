@@ -295,22 +295,6 @@ def confusion(counts: Tensor, means: Tensor, classes: Sequence[str], model: str)
     return figure
 
 
-def baselines(scores: Mapping[str, Mapping], chance: float, model: str) -> Figure:
-    """Draw the accuracies of {choice of blocks: {"finetuned", "sole": accuracy}}, and the chance level."""
-    figure, axes = plt.subplots()
-    for offset, name, label in ((-0.2, "finetuned", "finetuned ResNet"), (0.2, "sole", "sole ResNet")):
-        percent = [100 * found[name] for found in scores.values()]
-        bars = axes.barh(np.arange(len(scores)) + offset, percent, 0.38, label=label)
-        axes.bar_label(bars, fmt=" %.1f")
-    axes.axvline(100 * chance, color="black", linestyle=":", label="chance")
-    axes.set(title=f"{model}: accuracy with the blocks chosen in other ways",
-             xlabel="accuracy on the test images (%)", xlim=(0, 112))  # fmt: skip
-    axes.set_yticks(range(len(scores)), scores)
-    axes.invert_yaxis()
-    legend_below(figure, axes, 3)
-    return figure
-
-
 def difficulty(found: Mapping, num_blocks: int, model: str) -> Figure:
     """Draw mean blocks kept, and the accuracy of each network, against the images' difficulty.
 
@@ -338,9 +322,8 @@ def times_by_batch(times: Mapping[int, Mapping[str, Mapping]], allowed: float, m
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
     for name, style in NETWORKS.items():
-        own = [size for size in times if name in times[size]]
-        ms = ([1000 * times[size][name][key] for size in own] for key in ("low", "seconds", "high"))
-        band(axes, own, *ms, **style)
+        ms = ([1000 * of[name][key] for of in times.values()] for key in ("low", "seconds", "high"))
+        band(axes, list(times), *ms, **style)
     flops_alone = [1000 * allowed * found["sole"]["seconds"] for found in times.values()]
     axes.loglog(list(times), flops_alone, ":", color="black", label="BlockDrop, if FLOPs alone counted")
     log_ticks(axes.yaxis)
@@ -409,7 +392,6 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
             costs = {
                 name: found["flops"] / 1e6 if size is None else 1000 * report["times"][size][name]["seconds"]
                 for name, found in networks.items()
-                if size is None or name in report["times"][size]
             }
             for name, x in costs.items():
                 y, error = (100 * networks[name][key] for key in ("accuracy", "error"))

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 import re
 import tempfile
@@ -104,18 +103,16 @@ def compared(numbers: Mapping) -> list[str]:
 
 
 def milliseconds(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
-    """Write a network's time per image at a batch size; empty where it was not measured."""
-    time = numbers["times"].get(size, {}).get(name)
-    if time is None:
-        return ""
+    """Write a network's time per image at a batch size."""
+    time = numbers["times"][size][name]
     low, middle, high = (three_digits(1000 * time[key]) for key in ("low", "seconds", "high"))
     return f"{middle} ({low} to {high})" if quartiles else middle
 
 
 def speedup(numbers: Mapping, size: str, name: str = "blockdrop") -> str:
-    """Write how many times as fast as the sole ResNet a network is; empty where it was not measured."""
+    """Write how many times as fast as the sole ResNet a network is."""
     times = numbers["times"][size]
-    return f"{times['sole']['seconds'] / times[name]['seconds']:.2f}" if name in times else ""
+    return f"{times['sole']['seconds'] / times[name]['seconds']:.2f}"
 
 
 def summary_table(numbers: Mapping) -> str:
@@ -246,12 +243,12 @@ def _smaller_words(numbers: Mapping) -> str:
 
 def _speed_words(numbers: Mapping, size: str) -> str:
     """Say at which speed BlockDrop, and one policy for all, run at a batch size."""
-    paid, one = images_words(numbers, size), speedup(numbers, size, "one_policy")
+    paid = images_words(numbers, size)
     known = {"within noise": ", which is within noise", "never": " and is not worth it", "unknown": ""}
     return (
         f"At batch {size} BlockDrop has {speedup(numbers, size)} times the sole ResNet's speed"
         + known.get(paid, f" and has paid for its training after {paid} images")
-        + (f"; one policy for all images has {one} times." if one else ".")
+        + f"; one policy for all images has {speedup(numbers, size, 'one_policy')} times."
     )
 
 
@@ -268,18 +265,12 @@ def baselines_table(numbers: Mapping) -> str:
 
 
 def difficulty_words(numbers: Mapping) -> str:
-    """Say whether harder images get more blocks."""
-    found = numbers.get("difficulty")
-    if not found:
-        return "The difficulty of these images is not known; on R20_SYN it is."
-    if math.isnan(found["rank_correlation"]):
-        return "Every image gets as many blocks, hard or easy."
-    low, high = found["interval"]
-    finding = "more" if low > 0 else "fewer" if high < 0 else "neither more nor fewer"
-    return (
-        f"Harder images get {finding} blocks: the rank correlation of difficulty and blocks kept is "
-        f"{found['rank_correlation']:.3f} (95 % interval {low:.3f} to {high:.3f})."
-    )
+    """Say how the difficulty of images and their blocks are related; empty where it is not known."""
+    if "difficulty" not in numbers:
+        return ""
+    found, (low, high) = numbers["difficulty"]["rank_correlation"], numbers["difficulty"]["interval"]
+    interval = f"95 % interval {low:.3f} to {high:.3f}"
+    return f"The rank correlation of difficulty and blocks kept is {found:.3f} ({interval})."
 
 
 def readme_table(reports: Sequence[Mapping]) -> str:
@@ -289,7 +280,7 @@ def readme_table(reports: Sequence[Mapping]) -> str:
     rows = [
         [f"`{report['model']}`", plots.NETWORKS[name]["label"], f"{100 * found['accuracy']:.2f}",
          f"{found['blocks']:.3g} of {report['blocks']}", three_digits(found["flops"] / 1e6),
-         "; ".join(milliseconds(report, size, name, False) or "-" for size in compared(report))]
+         "; ".join(milliseconds(report, size, name, False) for size in compared(report))]
         for report in reports
         for name, found in report["networks"].items()
     ]  # fmt: skip
