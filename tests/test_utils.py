@@ -81,6 +81,12 @@ def test_rank_correlation_is_the_correlation_of_ranks():
     assert found == pytest.approx(expected)
 
 
+def test_the_interval_of_a_rank_correlation_is_that_of_fishers_transform():
+    """Of r = 0.5 in 7 pairs: tanh(0.549 ± 1.96 * sqrt(1.125 / 4))."""
+    found = statistics.correlation_interval(torch.arange(7), torch.tensor([0, 1, 3, 6, 5, 4, 2]))
+    assert found == pytest.approx([-0.454, 0.920], abs=0.001)
+
+
 def test_measuring_finds_the_time_of_a_nap_and_keeps_its_budget():
     naps, start = {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.03)}, time.perf_counter()
     times = timing.measure(naps, "cpu", seconds=0.2, parts=2)
