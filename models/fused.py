@@ -1,9 +1,8 @@
 """A whole ResNet for 32x32 images as one Triton kernel: a program per image, from pixels to features.
 
-In batches, computing a block only for the images that keep it takes a gather, a few kernels and a word from
-the host for each block, which costs more than the block. Here each program takes one image after the other
-through the network. It reads the image's policy on the device, and a dropped block is a branch not taken:
-time follows the blocks that run, at any batch size.
+Computing a block only for the images that keep it takes a gather, a few kernels and a word from the host,
+which cost more than the block. Here a program reads its image's policy on the device, and a dropped block
+is a branch not taken: time follows the blocks that run, at any batch size.
 
 Activations lie in the program's own scratch memory, channels last, with a border of zeros, so that a
 convolution reads its neighbors without a mask: nine products of matrices, (pixels, channels in) by (channels

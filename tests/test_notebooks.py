@@ -240,7 +240,7 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 1 and 0 <= found["sparsity"] <= 3
     assert found["flops"] > found["one_policy"]["flops"] > 0 and found["one_policy"]["policies"] == 1
-    command = [sys.executable, "-m", "models.lab.sweep", "R8_SYN", "--penalties", "-5e-1", "-p", "epoch", "1"]
+    command = [sys.executable, "-m", "models.lab.sweep", "R8_SYN", "--penalties", "-0.5", "-p", "epoch", "1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert "there is no setting 'epoch': do you mean" in done.stderr
 

@@ -96,5 +96,4 @@ def test_the_readmes_table_is_that_of_the_reports():
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in REPORTS]
     reports.sort(key=lambda report: report["blocks"])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    made = report.between(readme, report.RESULTS, report.readme_table(reports))
-    assert made == readme, "run python -m models.lab.report"
+    assert report.readme_table(reports) in readme, "run python -m models.lab.report"

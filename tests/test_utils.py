@@ -70,8 +70,10 @@ def test_flops_agree_with_pytorchs_counter_and_the_original():
 @pytest.mark.parametrize(
     ("values", "expected"), [([0, 1, 4], 2), ([0, 1, 1.5], 4), ([2, 3, 4], 0), ([0, 3, 1], 2 / 3)]
 )
-def test_a_level_is_first_reached_on_the_line_through_the_points(values, expected):
-    assert statistics.first_crossing([0, 1, 4], values, level=2) == pytest.approx(expected)
+def test_break_even_is_where_the_line_through_the_times_first_reaches_the_sole_resnets(values, expected):
+    of = zip((0, 1, 4, "sole"), (*values, 2), strict=True)
+    times = {name: dict.fromkeys(("seconds", "low", "high"), value) for name, value in of}
+    assert statistics.break_even([0, 1, 4], times) == pytest.approx([expected] * 3)
 
 
 def test_rank_correlation_is_the_correlation_of_ranks():

@@ -142,15 +142,6 @@ def _model_of(content: Mapping) -> str | None:
         return None
 
 
-def load_features(path: str | os.PathLike, agent: nn.Module) -> None:
-    """Load a sole ResNet's checkpoint file into the layers of a policy network.
-
-    The file is one of ResNet-8 (ResNet-18 for ImageNet), or of a deeper one of the same kind: the first
-    blocks of each segment are taken. On FileNotFoundError or CheckpointError nothing is loaded.
-    """
-    load_weights_to_flatresnet(read_checkpoint(path), agent.features, str(path))
-
-
 def load_weights_to_flatresnet(
     source: nn.Module | Mapping, target: nn.Module, where: str = "the source"
 ) -> nn.Module:
@@ -176,16 +167,12 @@ def newest_checkpoint(folder: str | os.PathLike, prefix: str) -> Path | None:
 
     The files themselves say when they were saved; those that don't are older, and ordered by their epochs.
     """
-    files = sorted(Path(folder).glob(f"{prefix}*.t7"))
-    if len(files) < 2:
-        return files[0] if files else None
 
-    def age(path: Path) -> tuple[float, ...]:
+    def age(path: Path) -> list[float]:
         content = read_checkpoint(path)
-        values = [_plain(content.get(name)) for name in ("saved", "epoch")]
-        return tuple(value if isinstance(value, (int, float)) else 0 for value in values)
+        return [float(content.get(name, 0)) for name in ("saved", "epoch")]
 
-    return max(files, key=age)
+    return max(sorted(Path(folder).glob(f"{prefix}*.t7")), key=age, default=None)
 
 
 def fingerprint(*networks: nn.Module) -> str:

@@ -36,10 +36,9 @@ WORKERS = 4  # processes that read ImageNet's files; another number draws other 
 class Images(Dataset):
     """Small images held in memory as bytes; augmented, scaled and normalized when they are read.
 
-    `images`: (N, 3, H, W) uint8. `labels`: (N,) int64. `difficulty`: (N,) float32, or None where
-    it is not known. `statistics`: mean and deviation per channel. With `augment`, reading pads by
-    4 black pixels, crops at random to the old size and flips with probability 1/2. `transform`: from
-    a picture of any size to an input that is not augmented.
+    `images`: (N, 3, H, W) uint8. `labels`: (N,) int64. `difficulty`: (N,) float32, None where it is unknown.
+    `statistics`: mean and deviation per channel. `augment`: whether reading crops at random, after padding
+    with black, and flips. `transform`: from a picture of any size to an input that is not augmented.
     """
 
     PADDING = 4  # pixels
@@ -264,10 +263,9 @@ def _read(
 class Loader:
     """Batches of a data set on the device: inputs (n, 3, H, W), channels last, and labels (n,).
 
-    Small images (`Images`) lie on the device whole, in bytes, and are prepared there; others come
-    from worker processes. With `shuffle`, each pass is in a new order, drawn from `generator`,
-    as the small images' augmentation is. Where several processes train together, `batch_size` and length
-    mean all of them, and each gets its share of every batch; ValueError where it can't, with `shuffle`.
+    `Images` lie on the device whole, in bytes, and are prepared there; others come from worker processes.
+    With `shuffle`, each pass is in a new order, drawn from `generator`, as the augmentation is. `batch_size`
+    counts all processes, each of which gets its share of a batch; ValueError where it can't, with `shuffle`.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device | str, shuffle: bool = False):

@@ -116,10 +116,10 @@ def draw_history(axes: Axes, history: Sequence[Mapping], lines: Mapping[str, str
     whole_numbers(axes.xaxis)
 
 
-def learning_curves(history: Sequence[Mapping], title: str, whole_images_from: int | None = None) -> Figure:
+def learning_curves(history: Sequence[Mapping], title: str, whole_images_from: int) -> Figure:
     """Draw loss and accuracy over epochs, on training and held-out images.
 
-    `whole_images_from`: the epoch from which training sees whole images instead of crops; 0 or None: always.
+    `whole_images_from`: the epoch from which training sees whole images instead of crops.
     """
     figure, both = plt.subplots(1, 2)
     labels = {"loss": "cross-entropy (nats)", "accuracy": "accuracy (%)"}
@@ -317,8 +317,7 @@ def difficulty(found: Mapping, num_blocks: int, model: str) -> Figure:
 def times_by_batch(times: Mapping[int, Mapping[str, Mapping]], allowed: float, model: str) -> Figure:
     """Draw the time per image of each network against the batch size, with quartiles.
 
-    `times`: {batch size: {network: {"seconds", "low", "high"}}}. `allowed`: BlockDrop's share of the sole
-    ResNet's FLOPs, and of its time if FLOPs alone counted.
+    `times`: {batch size: {network: {"seconds", "low", "high"}}}. `allowed`: BlockDrop's share of the FLOPs.
     """
     figure, axes = plt.subplots(figsize=(WIDTH, 3.6))
     for name, style in NETWORKS.items():

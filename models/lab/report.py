@@ -21,7 +21,6 @@ from models.lab.files import explained, written_whole
 from models.lab.statistics import standard_error
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-RESULTS = ("<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->")
 CHANCE_FACTOR = 1.5  # a network below so many times the chance level has not learned
 POINTS = "{:+.2f} ± {:.2f}"
 
@@ -287,28 +286,18 @@ def readme_table(reports: Sequence[Mapping]) -> str:
     return markdown_table(columns, rows)
 
 
-def between(text: str, marks: tuple[str, str], table: str) -> str:
-    """Return a text with a table between two marks. ValueError without the marks."""
-    before, after = map(re.escape, marks)
-    whole = f"{marks[0]}\n{table}\n{marks[1]}"
-    text, found = re.subn(f"{before}.*{after}", lambda _: whole, text, flags=re.DOTALL)
-    if not found:
-        raise ValueError(f"the text lacks the lines {marks[0]!r} and {marks[1]!r}")
-    return text
-
-
 def main() -> None:
     """Bring the README's table and picture up to date with the reports of CPUs in fp32 on all images."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").glob("*_cpu.json")]
     reports.sort(key=lambda report: report["blocks"])
     readme = ROOT / "README.md"
-    text = between(readme.read_text(encoding="utf-8"), RESULTS, readme_table(reports))
+    begin, end = "<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->"
+    table = f"{begin}\n{readme_table(reports)}\n{end}"
+    text = re.sub(f"{begin}.*{end}", table, readme.read_text(encoding="utf-8"), flags=re.DOTALL)
     with written_whole(readme) as file:
         file.write(text.encode())
     plots.use_style()
-    with written_whole(ROOT / "results" / "accuracy_time.png") as file:
-        figure = plots.trade_off(reports, compared(reports[0]))
-        figure.savefig(file, format="png", dpi=120)
+    plots.trade_off(reports, compared(reports[0])).savefig(ROOT / "results" / "accuracy_time.png", dpi=120)
 
 
 if __name__ == "__main__":

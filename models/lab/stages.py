@@ -10,7 +10,6 @@ import torchvision
 from torch import Tensor, nn
 
 from models.lab.checkpoints import (
-    load_features,
     load_states,
     load_weights_to_flatresnet,
     newest_checkpoint,
@@ -54,10 +53,10 @@ def load_networks(stage: Stage, features: Stage | None, rnet: nn.Module, agent: 
     `features`: the sole ResNet whose layers a new policy network takes, if any.
     """
     if features is not None:
-        load_features(features.path, agent)
+        load_weights_to_flatresnet(read_checkpoint(features.path), agent.features, str(features.path))
     if stage.path is not None:
-        load(stage.path, *(net if name in stage.holds else None for name, net in
-                           (("resnet", rnet), ("agent", agent))))  # fmt: skip
+        holds_resnet, holds_agent = (name in stage.holds for name in ("resnet", "agent"))
+        load(stage.path, rnet if holds_resnet else None, agent if holds_agent else None)
 
 
 def starting_point(
@@ -67,37 +66,31 @@ def starting_point(
 
     `start_from`: a policy's or pair's file is that stage; a ResNet's file gives layers to a new policy
     network beside the sole ResNet; "auto": ResNet-8's does, where there is one of the data set; None: new
-    weights. Without policy training, "auto" is the policy trained last. Printed, too, is where the stage's
-    training had another `max_images`. Errors as in `load_checkpoint`.
+    weights. Without policy training, "auto" and None are the policy trained last. Errors as in
+    `load_checkpoint`.
     """
-    start, features = _starting_point(model, start_from, trains_policy, cv_dir)
+    name, features = parse_model(model), None
+    given = None if start_from in ("auto", None) else load(start_from)
+    if given and "agent" in given.holds:
+        start = given
+    elif given and not trains_policy:
+        raise ValueError(f"start_from is {start_from}, a ResNet: finetuning alone needs a policy's file")
+    elif not trains_policy:
+        hint = "train a policy first, with max_epochs_training > 0"
+        start = load(find(cv_dir, "trained_policy", model, hint))
+    else:
+        features = given
+        if start_from == "auto" and name.dataset != "ImgNet" and name.depth > 8:
+            path = find(cv_dir, "trained_rnet", f"R8_{name.dataset}")
+            features = load(path) if path else None
+        path = find(cv_dir, "trained_rnet", model, sole_hint(model))
+        start = load(path) if path else TORCHVISION
     print("Training starts from", start.path or "torchvision's weights")
     if "agent" not in start.holds:
         print("The policy network's layers start from", features.path if features else "new weights")
     if any(entry["settings"].get("max_images") != max_images for entry in start.lineage):
         print(f"{start.path} was trained with another max_images: it may have seen images held out now")
     return start, features
-
-
-def _starting_point(
-    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike
-) -> tuple[Stage, Stage | None]:
-    features = None
-    if start_from not in ("auto", None):
-        given = load(start_from)
-        if "agent" in given.holds:
-            return given, None
-        if not trains_policy:
-            raise ValueError(f"start_from is {start_from}, a ResNet: finetuning alone needs a policy's file")
-        features = given
-    elif not trains_policy:
-        hint = "train a policy first, with max_epochs_training > 0"
-        return load(find(cv_dir, "trained_policy", model, hint)), None
-    elif start_from == "auto" and parse_model(model).dataset != "ImgNet" and parse_model(model).depth > 8:
-        path = find(cv_dir, "trained_rnet", f"R8_{parse_model(model).dataset}")
-        features = load(path) if path else None
-    path = find(cv_dir, "trained_rnet", model, sole_hint(model))
-    return (load(path) if path else TORCHVISION), features
 
 
 def sole_hint(model: str) -> str | None:

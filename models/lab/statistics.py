@@ -63,9 +63,10 @@ def break_even(levels: Sequence[int], times: Mapping[object, Mapping[str, float]
     """Return the most blocks that BlockDrop may keep before it is slower, and the range by the quartiles.
 
     `times`: {"sole", and each number of blocks kept among the rising `levels`: {"seconds", "low", "high"}}.
+    Between the levels the time is a line; where it would fall it stays.
     """
     return [
-        first_crossing(levels, [times[k][ours] for k in levels], times["sole"][its])
+        float(np.interp(times["sole"][its], np.maximum.accumulate([times[k][ours] for k in levels]), levels))
         for ours, its in (("seconds", "seconds"), ("high", "low"), ("low", "high"))
     ]
 
@@ -74,14 +75,6 @@ def saving(times: Mapping[str, Mapping[str, float]]) -> list[float]:
     """Return the seconds that "blockdrop" saves per image against "sole", least and most by the quartiles."""
     ours, its = times["blockdrop"], times["sole"]
     return [its["seconds"] - ours["seconds"], its["low"] - ours["high"], its["high"] - ours["low"]]
-
-
-def first_crossing(x: Sequence[float], y: Sequence[float], level: float) -> float:
-    """Return where y, over rising x, first reaches a level: x[0] at once, x[-1] if never.
-
-    Between the points y is a line; where it would fall it stays.
-    """
-    return float(np.interp(level, np.maximum.accumulate(y), x))
 
 
 def spread_evenly(values: Tensor, number: int) -> Tensor:

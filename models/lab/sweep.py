@@ -10,8 +10,6 @@ Each penalty runs `blockdrop_training.ipynb` from the policy trained last, with 
 
 import argparse
 import json
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -75,21 +73,16 @@ def figures_of(checkpoint: Path) -> dict[str, object]:
     return figures | {"test_accuracy": read_checkpoint(checkpoint)["acc"], "epoch": len(pair.history)}
 
 
-def _plain_number(argument: str) -> str:
-    """Write a number such as -5e-1 without exponent: argparse would take it for an option."""
-    return f"{float(argument):f}" if re.fullmatch(r"-[\d.]+e[+-]?\d+", argument) else argument
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--penalties", type=float, nargs="+", default=(-0.5, -1, -2, -5))
+    parser.add_argument("--penalties", type=float, nargs="+", default=(-0.5, -1, -2, -5), help="like -0.5 -2")
     parser.add_argument("--rivals", action="store_true", help="finetune for one policy of equal FLOPs, too")
     parser.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="settings"
     )
     parser.add_argument("--cv-dir", default="cv/", help="where checkpoints are")
     parser.add_argument("--results-dir", default="results/", help="where the figures are written")
-    args = parser.parse_args(list(map(_plain_number, sys.argv[1:])))
+    args = parser.parse_args()
     settings = dict(args.settings)
     print("Written:", sweep(args.model, args.penalties, settings, args.cv_dir, args.results_dir, args.rivals))

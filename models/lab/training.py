@@ -49,11 +49,9 @@ def one_cycle(
 class Training:
     """A stage that is trained, resumed or, with 0 epochs, skipped; `save` returns it as a `Stage`.
 
-    After every epoch `folder/last.t7` holds all that the next one needs. A new run with the same settings
-    goes on from there, to the same result as one that was never interrupted: the random generators are
-    seeded anew, from seed and epoch, as each epoch starts. A finished run of the same settings has no epochs
-    left; one of other settings is replaced by the new run. While epochs run, no other process can train in
-    `folder`: RuntimeError there.
+    After every epoch `folder/last.t7` holds all that the next one needs. A new run of the same settings
+    goes on from there, to the same result as one that was never interrupted: each epoch seeds the random
+    generators anew. While epochs run, no other process can train in `folder`: RuntimeError there.
     """
 
     def __init__(
@@ -71,10 +69,8 @@ class Training:
         """`stage`: its name in the lineage. `settings`: what decides the result, `seed` among them.
         `networks`: what the checkpoint holds, under the names `resnet` and `agent`. `progress`: optimizers,
         schedulers, averaged models. `line`: what is printed of an epoch, with {names} of the history.
-        `start`: the stage whose weights the networks have; None: new weights.
-
-        ValueError for a run of other settings in `folder` that is unfinished, or whose final checkpoint
-        was never written: it would be lost.
+        `start`: the stage whose weights the networks have; None: new weights. ValueError for a run of other
+        settings in `folder` that is unfinished or was not saved; else the new run replaces it.
         """
         self.folder, self.epochs, self.line = Path(folder), epochs, line
         self.networks, self.progress = dict(networks), dict(progress)
