@@ -45,6 +45,11 @@ def run(name, arguments):
             (*SMALL, "--epochs", "1", "--max-images", "100", "--seeds", "0", "1"),
             "finetuning: blocks: ",
         ),
+        (
+            "deciding",
+            ("--blocks", "2", "1,3", "--epochs", "1", "--max-images", "100"),
+            "points against 2 blocks for all",
+        ),
     ],
 )
 def test_it_runs(name, arguments, printed):
