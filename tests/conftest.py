@@ -1,13 +1,13 @@
-"""What the tests share: the repository's root, the notebooks' step functions, data on hand."""
+"""What the tests share: options, one thread, the repository's root, no network."""
 
 import os
 import sys
+import urllib.error
 
 import pytest
 import torch
-from running import ROOT, step_functions
+from running import ROOT
 
-NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 sys.path.insert(0, str(ROOT))
 # In networks as small as the tests', threads wait for each other longer than they compute.
 torch.set_num_threads(1)
@@ -27,15 +27,12 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.fixture(scope="session")
-def cifar10():
-    """The data folder, where CIFAR-10 is in it; else the test is skipped."""
-    if not (ROOT / "data" / "cifar-10-batches-py" / "test_batch").is_file():
-        pytest.skip("CIFAR-10 is not in data/: run a notebook on C10 once to download it")
-    return ROOT / "data"
+@pytest.fixture
+def offline(monkeypatch):
+    """No data and no weights can be downloaded."""
 
+    def fail(*args, **kwargs):
+        raise urllib.error.URLError("no network")
 
-@pytest.fixture(scope="session")
-def algorithm():
-    """The functions of the cells tagged `algorithm` in blockdrop_training.ipynb."""
-    return step_functions("blockdrop_training")
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fail)
+    monkeypatch.setattr("torch.hub.download_url_to_file", fail)

@@ -1,5 +1,8 @@
-"""How tests and benchmarks run a notebook without a kernel, or its step functions alone."""
+"""How tests and benchmarks run a notebook without a kernel, its step functions alone, and other processes."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -7,6 +10,14 @@ import matplotlib.pyplot as plt
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
+
+
+def code_cells(name: str, tag: str | None = None) -> list:
+    """Return a notebook's code cells, all of them or those with a tag."""
+    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
 
 
 def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()) -> dict:
@@ -15,20 +26,18 @@ def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()
     `times`: how often each cell runs before the next one. `again_after`: exceptions after which a cell
     runs again, as often as they happen.
     """
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
     variables = {}
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            done = 0
-            while done < times:
-                try:
-                    exec(cell.source, variables)
-                    done += 1
-                except again_after:
-                    pass
-                plt.close("all")  # as a notebook does once they are drawn
-            if "parameters" in cell.metadata.get("tags", []):
-                variables.update(settings)
+    for cell in code_cells(name):
+        done = 0
+        while done < times:
+            try:
+                exec(cell.source, variables)
+                done += 1
+            except again_after:
+                pass
+            plt.close("all")  # as a notebook does once they are drawn
+        if "parameters" in cell.metadata.get("tags", []):
+            variables.update(settings)
     return variables
 
 
@@ -37,10 +46,23 @@ def step_functions(name: str, **replaced: object) -> SimpleNamespace:
 
     `replaced`: functions that the others are to call instead of the notebook's own.
     """
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    imports = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
-    tagged = [cell.source for cell in notebook.cells if "algorithm" in cell.metadata.get("tags", [])]
     variables = {}
-    exec("\n".join([imports, *tagged]), variables)
+    for cell in (code_cells(name)[0], *code_cells(name, "algorithm")):
+        exec(cell.source, variables)
     variables.update(replaced)
     return SimpleNamespace(**{key: value for key, value in variables.items() if not key.startswith("__")})
+
+
+def run_python(*arguments: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
+    """Run Python in a process of its own; return its exit status and what it printed, errors included."""
+    command, variables = [sys.executable, *arguments], os.environ | environment
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=variables,
+        text=True,
+        timeout=600,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return done.returncode, done.stdout

@@ -2,11 +2,13 @@
 
 import argparse
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision
+from test_networks import networks
 
 import utils
 from models.lab.checkpoints import (
@@ -19,20 +21,10 @@ from models.lab.checkpoints import (
 )
 
 
-def networks(seed, model="R8_SYN"):
-    torch.manual_seed(seed)
-    return utils.build_model(model)
-
-
 def plain(state):
     """Return a FlatResNet's state dict under a plain ResNet's names, as from before PyTorch 0.4.1."""
-    named = {}
-    for key, value in state.items():
-        if not key.endswith("num_batches_tracked"):
-            first, *rest = key.split(".")
-            name = f"layer{int(rest.pop(0)) + 1}" if first == "blocks" else first
-            named[".".join([name, *rest])] = value
-    return named
+    names = {key: re.sub(r"^blocks\.(\d)", lambda found: f"layer{int(found[1]) + 1}", key) for key in state}
+    return {name: state[key] for key, name in names.items() if not key.endswith("num_batches_tracked")}
 
 
 def prefixed(prefix, state):
@@ -50,12 +42,12 @@ FORMATS = {
     "PyTorch's tutorial's": lambda state: {"model_state_dict": state, "loss": 0.5},
 }
 FORMATS_RESNET = FORMATS | {
-    "ours": lambda state: {"resnet": state, "agent": networks(4)[1].state_dict(), "epoch": 3},
+    "ours": lambda state: {"resnet": state, "agent": networks(seed=4)[1].state_dict(), "epoch": 3},
     "torchvision's names": plain,
     "the original's": lambda state: {"state_dict": prefixed("module.", plain(state)), **NUMBERS},
 }
 FORMATS_POLICY = FORMATS | {
-    "ours": lambda state: {"resnet": networks(4)[0].state_dict(), "agent": state, "epoch": 3},
+    "ours": lambda state: {"resnet": networks(seed=4)[0].state_dict(), "agent": state, "epoch": 3},
     "the original's": lambda state: {"agent": state, **NUMBERS},
     "the original's first": lambda state: {"net": state | {"features.fc.bias": torch.zeros(10)}},
 }
@@ -66,7 +58,7 @@ FORMATS_POLICY = FORMATS | {
     ("number", "form"), [(0, name) for name in FORMATS_RESNET] + [(1, name) for name in FORMATS_POLICY]
 )
 def test_formats_load(tmp_path, number, form, zipped):
-    trained, loaded = networks(1)[number], networks(3)[number]
+    trained, loaded = networks(seed=1)[number], networks(seed=3)[number]
     content = (FORMATS_RESNET, FORMATS_POLICY)[number][form](trained.state_dict())
     torch.save(content, tmp_path / "a.t7", _use_new_zipfile_serialization=zipped)
     rest = utils.load_checkpoint(tmp_path / "a.t7", **{("rnet", "agent")[number]: loaded})
@@ -77,7 +69,7 @@ def test_formats_load(tmp_path, number, form, zipped):
 
 
 def test_numpys_numbers_load_under_the_names_of_every_version(tmp_path):
-    path, rnet = tmp_path / "a.t7", networks(1)[0]
+    path, rnet = tmp_path / "a.t7", networks()[0]
     torch.save({"resnet": rnet.state_dict(), **NUMBERS}, path, _use_new_zipfile_serialization=False)
     data, (old, new) = path.read_bytes(), (b"cnumpy.core.multiarray\n", b"cnumpy._core.multiarray\n")
     for name in (old, new):
@@ -87,7 +79,7 @@ def test_numpys_numbers_load_under_the_names_of_every_version(tmp_path):
 
 def test_cuda_tensors_load_without_cuda(tmp_path, monkeypatch):
     """A stream from before 1.6 whose storages say that they were on cuda:0."""
-    rnet, loaded = networks(1)[0], networks(3)[0]
+    rnet, loaded = networks(seed=1)[0], networks(seed=3)[0]
     with monkeypatch.context() as patched:
         patched.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         torch.save({"resnet": rnet.state_dict()}, tmp_path / "a.t7", _use_new_zipfile_serialization=False)
@@ -102,19 +94,18 @@ REFUSED = {  # what a file holds, given the state dicts of a ResNet and a policy
     "no weights": (lambda r, a: {"epoch": 3}, "holds no weights, but no resnet"),
     "a policy": (lambda r, a: {"agent": a}, "holds agent, but no resnet, which is needed"),
     "weights in a list": (lambda r, a: {"resnet": [1, 2]}, "the resnet in .* is not a state dict"),
-    "another depth": (lambda r, a: networks(0, "R14_SYN")[0].state_dict(), r"has no place in it\. Choose"),
+    "another depth": (lambda r, a: networks("R14_SYN")[0].state_dict(), r"has no place in it\. Choose"),
     "another model": (lambda r, a: {"resnet": r, "lineage": [{"settings": R8_C10}]}, r"not as R8_SYN\. Ch"),
     "another model, older file": (lambda r, a: {"resnet": r, "settings": R8_C10}, "trained as R8_C10, not"),
     "another classifier": (lambda r, a: {k.replace("fc.", "linear."): r[k] for k in r}, "fc.weight is missi"),
-    "a whole network": (lambda r, a: networks(0)[0], r"models\.resnet.*Save .* state_dict\(\) "),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_anything_else_is_refused_and_changes_nothing(tmp_path, name):
     content, message = REFUSED[name]
-    content = content(*(network.state_dict() for network in networks(3)))
-    path, rnet = tmp_path / "bad.t7", networks(1)[0]
+    content = content(*(network.state_dict() for network in networks(seed=3)))
+    path, rnet = tmp_path / "bad.t7", networks()[0]
     before = fingerprint(rnet)
     path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"bad\.t7") as refused:
@@ -123,7 +114,7 @@ def test_anything_else_is_refused_and_changes_nothing(tmp_path, name):
 
 
 def test_a_policy_networks_layers_can_come_from_a_resnet(tmp_path):
-    (_, agent), (deeper, policy) = networks(1), networks(3, "R20_SYN")
+    (_, agent), (deeper, policy) = networks(), networks("R20_SYN")
     save_checkpoint(tmp_path / "a", {"resnet": deeper.state_dict()})
     head = agent.logit.weight.clone()
     load_weights_to_flatresnet(read_checkpoint(tmp_path / "a"), agent.features)
@@ -131,13 +122,11 @@ def test_a_policy_networks_layers_can_come_from_a_resnet(tmp_path):
     assert layers and all(torch.equal(value, source[key]) for key, value in layers.items())
     assert torch.equal(agent.logit.weight, head)
 
-    before = fingerprint(agent)
-    save_checkpoint(tmp_path / "policy", {"agent": policy.state_dict()})
-    with pytest.raises(CheckpointError, match="policy holds no ResNet"):
-        load_weights_to_flatresnet(read_checkpoint(tmp_path / "policy"), agent.features, "policy")
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "foreign")
-    with pytest.raises(CheckpointError, match="the ResNet in foreign does not fit"):
-        load_weights_to_flatresnet(read_checkpoint(tmp_path / "foreign"), agent.features, "foreign")
+    before, foreign = fingerprint(agent), torchvision.models.resnet18()
+    for network, message in ((policy, "a holds no ResNet"), (foreign, "the ResNet in a does not fit")):
+        torch.save(network.state_dict(), tmp_path / "a")
+        with pytest.raises(CheckpointError, match=message):
+            load_weights_to_flatresnet(read_checkpoint(tmp_path / "a"), agent.features, "a")
     assert fingerprint(agent) == before
 
 

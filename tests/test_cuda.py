@@ -9,38 +9,25 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NOTEBOOKS, ROOT
-from running import step_functions
+from running import NOTEBOOKS, ROOT
+from test_data import random_images
+from test_graphs import LR, STEPS, networks, take_steps
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE, execute, train
 
-import utils
 from models import inference
 from models.graphs import one_graph
-from models.lab.data import Images
-from models.lab.device import choose_device, seed_everything
-from models.lab.training import one_cycle
+from models.lab.device import seed_everything
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")
 
 DEVICE = torch.device("cuda")
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}  # relative, of logits
-STEPS, LR = 20, 0.05
-SAMPLING = {"penalty": -1, "alpha": 0.9, "temperature": 1, "beta": 0.1}
 
 
 def in_own_process(function, *args):
     """Return what a function of this module returns, called in a process that has not used CUDA."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         return process.submit(function, *args).result()
-
-
-def networks(model="R20_SYN"):
-    """Return ResNet and policy network, in eval mode on the CPU; the policies differ between images."""
-    seed_everything(0)
-    rnet, agent = utils.build_model(model)
-    with torch.no_grad():
-        agent.logit.weight.normal_()
-    return rnet.eval(), agent.eval()
 
 
 def assert_close(found, expected, precision):
@@ -62,6 +49,8 @@ def test_prepared_on_cuda_is_masked_on_the_cpu(n, precision):
     assert_close(logits, rnet(images, decided.cpu()), precision)
     assert torch.equal(decided, net.decide(images.cuda()))
     fused = precision in ("fp16", "bf16")
+    if fused:  # values other than 0 and 1, which the host does not see
+        assert net(images.cuda(), torch.full((n, 9), 0.5, device="cuda"))[0].isnan().all()
     way = "one kernel for all blocks" if fused else "block by block"
     captured = n > 0 if fused else n == 1
     assert net.note == way + ", as CUDA graphs" * captured
@@ -79,15 +68,6 @@ def test_one_policy_for_all_other_sizes_and_other_layouts(precision):
             assert_close(net(images), rnet(images.cpu(), policies), precision)
             assert_close(net(images, policies.cuda()), rnet(images.cpu(), policies), precision)
         assert_close(net(images, every_block), rnet(images.cpu()), precision)
-
-
-def test_wrong_values_of_a_policy():
-    net = inference.prepare(networks()[0], precision="fp16", device="cuda")
-    images, policy = torch.rand(2, 3, 32, 32, device="cuda"), torch.ones(2, 9)
-    policy[1, 4] = 0.5
-    with pytest.raises(ValueError, match="other than 0"):
-        net(images, policy)
-    assert net(images, policy.cuda()).isnan().all(1).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -119,50 +99,6 @@ def test_the_host_does_not_wait(n):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def trained(stage, precision, captured, steps):
-    """Take some steps; return the weights before and after, batch norms' statistics, and the losses."""
-    choose_device(DEVICE.type)
-    rnet, agent = (net.to(DEVICE, memory_format=torch.channels_last).train() for net in networks("R8_SYN"))
-    sgd = torch.optim.SGD(rnet.parameters(), LR, 0.9, weight_decay=5e-4, nesterov=True)
-    adam = torch.optim.Adam(agent.parameters(), 1e-3)
-    # In bf16, where it is one kernel: block by block the host would read the policies, which no graph can.
-    frozen = inference.prepare(rnet, precision="bf16")
-    sole, nb = step_functions("rnet_sole"), step_functions("blockdrop_training")
-    function, nets, optimizers, before, after = {
-        "sole": (sole.sole_step, [rnet], [sgd], (rnet, sgd), (precision,)),
-        "depth": (nb.depth_step, [rnet], [sgd], (rnet, sgd), (0.7, precision, False)),
-        "policy": (nb.policy_step, [agent], [adam], (agent, frozen, adam), (precision, 3, SAMPLING)),
-        "finetuning": (
-            nb.finetuning_step, [rnet, agent], [sgd, adam],
-            (rnet, agent, (sgd, adam)), (precision, False, SAMPLING),
-        ),
-    }[stage]  # fmt: skip
-    schedules = [one_cycle(optimizer, optimizer.defaults["lr"], 2 * STEPS, 0.2) for optimizer in optimizers]
-    step = one_graph(function, DEVICE) if captured else function
-    draw = {"generator": torch.Generator().manual_seed(3)}
-    batches = [(torch.rand(n, 3, 32, 32, **draw), torch.randint(10, (n,), **draw)) for n in (32, 32, 16)]
-    batches = [(images.to(DEVICE), labels.to(DEVICE)) for images, labels in batches]
-
-    def weights():
-        return torch.cat([weight.detach().flatten() for net in nets for weight in net.parameters()])
-
-    start, losses = weights(), []
-    seed_everything(2)  # of sampled policies
-    for number in range(steps):
-        found = step(*before, *batches[2 if number % 10 == 5 else number % 2], *after)
-        losses.append(found[0] if isinstance(found, tuple) else found)
-        for schedule in schedules:
-            schedule.step()
-    end, statistics = weights(), torch.cat([buffer.flatten() for net in nets for buffer in net.buffers()])
-    if captured and DEVICE.type == "cuda":
-        assert len(step.graphs) == (2 if steps > 5 else 1)
-        for optimizer in optimizers:  # as a schedule does it: the graph sees the new learning rate
-            optimizer.param_groups[0]["lr"].fill_(0)
-        step(*before, *batches[0], *after)
-        assert torch.equal(weights(), end)
-    return start, end, statistics, torch.stack(losses)
-
-
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [("sole", "fp32"), ("sole", "bf16"), ("depth", "fp32"), ("policy", "fp32"), ("finetuning", "fp32")],
@@ -175,8 +111,9 @@ def test_a_captured_step_is_the_eager_one(stage, precision, monkeypatch, capsys)
     """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     for steps, apart in ((1, 0.1), (STEPS, 0.3 if precision == "fp32" else 0.5)):
-        runs = [trained(stage, precision, captured, steps) for captured in (False, True)]
-        (start, end, statistics, losses), (its_start, its_end, its_statistics, its_losses) = runs
+        start, end, statistics, losses = take_steps(stage, precision, DEVICE, None, steps)
+        its = take_steps(stage, precision, DEVICE, lambda step: one_graph(step, DEVICE), steps)
+        its_start, its_end, its_statistics, its_losses = its
         assert torch.equal(start, its_start)
         assert (end - its_end).norm() <= apart * (end - start).norm()
         torch.testing.assert_close(statistics, its_statistics, rtol=0.02, atol=0.02)
@@ -217,10 +154,9 @@ def test_a_step_that_asks_the_host_runs_as_it_is():
 
 
 def test_images_are_augmented_alike():
-    pixels, read = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8), []
+    read = []
     for device in ("cpu", "cuda"):
-        images = Images(pixels, torch.arange(40) % 10, list("abcdefghij"), augment=True).to(device)
-        generator = torch.Generator().manual_seed(1)
+        images, generator = random_images(40, augment=True).to(device), torch.Generator().manual_seed(1)
         read.append(images.read(torch.arange(20, device=device), generator=generator)[0].cpu())
     torch.testing.assert_close(*read)
 

@@ -1,7 +1,4 @@
-"""Checkpoints damaged in many ways: each loads correctly or is refused in a sentence, and nothing is harmed.
-
-`pytest tests/test_damaged_files.py --long` tries 3,000 of them instead of 300.
-"""
+"""Checkpoints damaged in many ways: each loads or is refused in a sentence, and nothing is harmed."""
 
 import io
 import os
@@ -15,22 +12,17 @@ import zipfile
 import pytest
 import torch
 from benchmarks.common import peak_memory
+from test_networks import networks
 
 import utils
-from models.lab.checkpoints import CheckpointError, fingerprint, save_checkpoint
+from models.lab.checkpoints import CheckpointError, fingerprint
 
 
-@pytest.fixture(scope="module")
-def whole_files(tmp_path_factory):
-    """The bytes of a finetuned pair as we save it and as PyTorch saved it before 1.6, and its contents."""
-    torch.manual_seed(0)
-    rnet, agent = utils.build_model("R8_SYN")
-    state = {"resnet": rnet.state_dict(), "agent": agent.state_dict(), "epoch": 3, "acc": 0.5,
-             "lineage": [{"stage": "finetuning", "settings": {"model": "R8_SYN"}}]}  # fmt: skip
-    path = save_checkpoint(tmp_path_factory.mktemp("whole") / "pair.t7", state)
-    old = io.BytesIO()
-    torch.save(state, old, _use_new_zipfile_serialization=False)
-    return [path.read_bytes(), old.getvalue()], state
+def saved(state, zipped):
+    """Return a checkpoint's bytes as PyTorch saves it, or as it did before 1.6."""
+    file = io.BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
 
 
 def damage(data, chance):
@@ -57,7 +49,7 @@ def change_contents(state, chance):
     network = chance.choice(["resnet", "agent"])
     part = dict(state[network])
     key, other = chance.sample(list(part), 2)
-    value, deeper, wider = part[key], *(utils.build_model(name)[0] for name in ("R14_SYN", "R8_C100"))
+    value, other_network = part[key], networks(chance.choice(["R14_SYN", "R8_C100"]))[0]
     changed = chance.choice([
         part | {key: part[other], other: value},
         {name: part[name] for name in part if name != key},
@@ -65,25 +57,23 @@ def change_contents(state, chance):
         part | {key: value.flatten()[:-1]},
         part | {key: chance.choice([None, "text", 3, [1.0], value.cfloat(), value.bool()])},
         part | {key: chance.choice([value * float("nan"), value.double() + 1e39])},
-        chance.choice([deeper, wider]).state_dict(),
+        other_network.state_dict(),
         chance.choice([None, {}, [], "text", torch.ones(3)]),
     ])  # fmt: skip
-    file = io.BytesIO()
-    torch.save(state | {network: changed}, file, _use_new_zipfile_serialization=chance.random() < 0.5)
-    return file.getvalue()
+    return saved(state | {network: changed}, zipped=chance.random() < 0.5)
 
 
-def test_damaged_files_are_refused_or_load(whole_files, tmp_path, request):
-    files, state = whole_files
+def test_damaged_files_are_refused_or_load(tmp_path, request):
     chance, num_files = random.Random(0), 3000 if request.config.getoption("--long") else 300
-    rnet, agent = utils.build_model("R8_SYN")
-    rnet.load_state_dict(state["resnet"])
-    agent.load_state_dict(state["agent"])
+    rnet, agent = networks()
+    weights = [network.state_dict() for network in networks()]  # the same, and they stay
+    state = {"resnet": weights[0], "agent": weights[1], "epoch": 3, "acc": 0.5,
+             "lineage": [{"stage": "finetuning", "settings": {"model": "R8_SYN"}}]}  # fmt: skip
+    files = [saved(state, zipped) for zipped in (True, False)]
     path, original = tmp_path / "damaged.t7", fingerprint(rnet, agent)
-    seconds, refused = [], 0
+    seconds, refused = [], []
 
     def load(number):
-        nonlocal refused
         which = chance.randrange(2)
         damaged = chance.random() < 0.8
         path.write_bytes(damage(files[which], chance) if damaged else change_contents(state, chance))
@@ -93,7 +83,7 @@ def test_damaged_files_are_refused_or_load(whole_files, tmp_path, request):
                 warnings.simplefilter("error")
                 utils.load_checkpoint(path, rnet, agent)
         except CheckpointError as error:
-            refused += 1
+            refused.append(number)
             assert str(path) in str(error), number
             assert fingerprint(rnet, agent) == original, number
         else:
@@ -105,46 +95,35 @@ def test_damaged_files_are_refused_or_load(whole_files, tmp_path, request):
         seconds.append(time.perf_counter() - start)
 
     peak = peak_memory(lambda: [load(number) for number in range(num_files)], "cpu")
-    print(f"{num_files} files: {refused} refused, {num_files - refused} loaded, the slowest in "
+    print(f"{num_files} files: {len(refused)} refused, the others loaded, the slowest in "
           f"{max(seconds):.2f} s, {peak / 2**20:.0f} MiB at the peak")  # fmt: skip
-    assert refused > num_files / 2 and max(seconds) < 10 and not peak > 2**31
+    assert len(refused) > num_files / 2 and max(seconds) < 10 and not peak > 2**31
 
 
-def test_a_zip_bomb_is_refused_unread(whole_files, tmp_path):
-    """The archive's pickle unpacks to 256 MiB of nothing."""
-    path = tmp_path / "bomb.t7"
-    with zipfile.ZipFile(io.BytesIO(whole_files[0][0])) as whole, zipfile.ZipFile(path, "w") as bomb:
-        for member in whole.infolist():
-            if member.filename.endswith("data.pkl"):
-                bomb.writestr(member.filename, bytes(2**28), zipfile.ZIP_DEFLATED)
-            else:
-                bomb.writestr(member, whole.read(member))
+def test_a_zip_bomb_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.t7", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("bomb/data.pkl", bytes(2**28))  # 256 MiB of nothing
 
     def refused():
         with pytest.raises(CheckpointError, match="would unpack to"):
-            utils.load_checkpoint(path, *utils.build_model("R8_SYN"))
+            utils.load_checkpoint(tmp_path / "bomb.t7", *networks())
 
     assert not peak_memory(refused, "cpu") > 2**26
 
 
 class CallsCode:
-    """Pickled, it calls a function when it is loaded."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
+    """Pickled, it makes a folder when it is loaded."""
 
     def __reduce__(self):
-        return self.call
+        return os.mkdir, ("called",)
 
 
 @pytest.mark.parametrize("new_format", [True, False])
-def test_code_is_not_called(tmp_path, new_format):
-    path, trace = tmp_path / "evil.t7", tmp_path / "called"
-    evil = CallsCode(os.mkdir, str(trace))
-    torch.save({"resnet": evil}, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(CheckpointError, match=r"evil\.t7 .* asks for posix\.mkdir, which could run code"):
-        utils.load_checkpoint(path, utils.build_model("R8_SYN")[0])
-    path.write_bytes(pickle.dumps(evil))
-    with pytest.raises(CheckpointError, match=r"evil\.t7"):
-        utils.load_checkpoint(path, utils.build_model("R8_SYN")[0])
-    assert not trace.exists()
+def test_code_is_not_called(tmp_path, monkeypatch, new_format):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"resnet": CallsCode()}, "evil.t7", _use_new_zipfile_serialization=new_format)
+    (tmp_path / "plain.t7").write_bytes(pickle.dumps(CallsCode()))
+    for path, said in (("evil.t7", "asks for posix.mkdir, which could run code"), ("plain.t7", "not loaded")):
+        with pytest.raises(CheckpointError, match=f"{path} .*{said}"):
+            utils.load_checkpoint(path, networks()[0])
+    assert not (tmp_path / "called").exists()

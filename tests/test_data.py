@@ -1,26 +1,23 @@
 """Data: drawn, read, split, batched; cut, altered or missing, it is named; stand-ins run in all notebooks."""
 
 import hashlib
-import os
 import pickle
+import re
 import subprocess
-import sys
 import time
-import urllib.error
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT
 from PIL import Image
-from running import run_cells
+from running import ROOT, run_cells, run_python
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE
 from torchvision.datasets import CIFAR10, CIFAR100
 
 import utils
-from models.lab import data, names, syn
+from models.lab import data, names, stages, syn
 
 DAMAGES = {
     "cut": lambda content: content[: len(content) // 2],
@@ -28,6 +25,8 @@ DAMAGES = {
     "one bit": lambda content: content[:100] + bytes([content[100] ^ 1]) + content[101:],
     "longer": lambda content: content + b"\0",
 }
+TURNED = Image.Exif()
+TURNED[0x0112] = 3  # by half a turn
 
 
 def test_syn_is_drawn_the_same_balanced_and_noisier_with_difficulty():
@@ -64,14 +63,6 @@ def test_a_damaged_drawing_is_drawn_again_and_so_is_one_that_cant_be_kept(few_sy
 
 
 @pytest.fixture
-def offline(monkeypatch):
-    def fail(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", fail)
-
-
-@pytest.fixture
 def stand_in(tmp_path, monkeypatch, offline):
     """A function that writes CIFAR's files, n random images in each, as official; it returns their folder."""
 
@@ -83,9 +74,9 @@ def stand_in(tmp_path, monkeypatch, offline):
         for name, _ in cifar.train_list + cifar.test_list:
             pixels = np.random.default_rng(0).integers(256, size=(n, 3072), dtype=np.uint8)
             contents[name] = {"data": pixels, labels: [i % 10 for i in range(n)]}
-        md5 = {name: hashlib.md5(pickle.dumps(content)).hexdigest() for name, content in contents.items()}
         for name, content in contents.items():
             (folder / name).write_bytes(pickle.dumps(content))
+        md5 = {path.name: hashlib.md5(path.read_bytes()).hexdigest() for path in folder.iterdir()}
         for files in ("train_list", "test_list"):
             monkeypatch.setattr(cifar, files, [[name, md5[name]] for name, _ in getattr(cifar, files)])
         monkeypatch.setattr(cifar, "meta", cifar.meta | {"md5": md5[cifar.meta["filename"]]})
@@ -151,10 +142,40 @@ def test_what_is_wrong_with_imagenets_folders_is_said(imagenet, damage, message)
         list(utils.get_dataset("R50_ImgNet", imagenet)[0])
 
 
-def images(n=12, **options):
-    torch.manual_seed(0)
-    pixels = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8)
+def random_images(n=12, **options):
+    pixels = torch.randint(1, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator())
     return data.Images(pixels, torch.arange(n) % 10, list("abcdefghij"), **options)
+
+
+@pytest.fixture
+def random_weights(monkeypatch):
+    """What would be torchvision's weights, drawn at random, the same each time."""
+
+    def draw(weights, **_):
+        torch.manual_seed(0)
+        name = type(weights).__name__.split("_")[0].lower()
+        return torchvision.models.get_model(name, num_classes=names.NUM_CLASSES["ImgNet"]).state_dict()
+
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", draw)
+
+
+def test_imagenet_starts_from_torchvisions_weights(random_weights, tmp_path):
+    rnet, agent = utils.get_model("R50_ImgNet", "cpu", tmp_path)
+    resnet50, resnet18 = (stages.torchvision_weights(name) for name in ("ResNet50", "ResNet18"))
+    assert torch.equal(rnet.fc.weight, resnet50["fc.weight"])
+    assert torch.equal(agent.features.ds[3][0].weight, resnet18["layer4.0.downsample.0.weight"])
+    assert torch.equal(agent.features.blocks[2][0].conv2.weight, resnet18["layer3.0.conv2.weight"])
+
+
+def test_imagenet_weights_that_cant_be_fetched_or_are_damaged(offline, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"ResNet101 weights could not be fetched .* put that file into"):
+        utils.get_model("R101_ImgNet", "cpu", tmp_path)
+    path = tmp_path / "hub" / "checkpoints" / "resnet101-63fe2227.pth"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"garbage")
+    with pytest.raises(RuntimeError, match=r"resnet101-63fe2227\.pth is damaged: delete it"):
+        utils.get_model("R101_ImgNet", "cpu", tmp_path)
 
 
 def test_held_out_images_are_always_the_same_and_not_augmented(few_syn, tmp_path):
@@ -162,13 +183,11 @@ def test_held_out_images_are_always_the_same_and_not_augmented(few_syn, tmp_path
     assert (len(train), len(val), len(test)) == (45, 5, 20) and train.augment and not val.augment
     assert torch.equal(val.images, again.images)
     assert not (train.images[:, None] == val.images).flatten(2).all(2).any()
-    with pytest.raises(ValueError, match="4 training images are too few to hold a tenth out"):
-        data.split("R8_SYN", tmp_path, 4)
 
 
 def test_augmentation_is_a_crop_of_the_padded_image_perhaps_flipped():
-    dataset, flips = images(augment=True), 0
-    inputs, labels = dataset.read(torch.arange(12))
+    dataset, flips = random_images(augment=True), 0
+    inputs, labels = dataset.read(torch.arange(12), generator=torch.Generator())
     assert inputs.is_contiguous(memory_format=torch.channels_last) and torch.equal(labels, dataset.labels)
     for image, whole in zip(inputs, F.pad(dataset.images, [4] * 4) / 255, strict=True):
         crops = whole.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4)  # (9, 9, 3, 32, 32)
@@ -181,7 +200,6 @@ def test_augmentation_is_a_crop_of_the_padded_image_perhaps_flipped():
 def test_small_crops_come_in_the_first_epochs_from_anywhere_in_the_image():
     assert [data.crop_share(epoch, 4, 0.5) for epoch in range(4)] == [0.75, 0.75, 1, 1]
     assert data.crop_share(0, 1, 0.9) == data.crop_share(0, 9, 0) == 1  # the last epoch sees whole images
-    assert [data.share_of(100, 0.29), data.share_of(15, 0.5)] == [29, 7]
     numbered = torch.arange(64.0).view(8, 8).expand(2, 3, 8, 8)
     generator, places = torch.Generator().manual_seed(0), set()
     for _ in range(200):
@@ -194,7 +212,7 @@ def test_small_crops_come_in_the_first_epochs_from_anywhere_in_the_image():
 
 
 def test_a_loader_shows_every_image_once_in_a_new_order():
-    loader = data.Loader(images(25), 8, "cpu", shuffle=True)
+    loader = data.Loader(random_images(25), 8, "cpu", shuffle=True)
     passes = [torch.cat([inputs.flatten(1).sum(1) for inputs, _ in loader]) for _ in range(2)]
     assert len(loader) == 4 and not torch.equal(*passes)
     torch.testing.assert_close(passes[0].sort()[0], passes[1].sort()[0])
@@ -203,14 +221,8 @@ def test_a_loader_shows_every_image_once_in_a_new_order():
 @pytest.mark.parametrize("processes", [3, 8])  # 8 is no multiple of 3; of the last 4 images, 8 can't have one
 def test_batches_that_processes_cant_share_are_refused(monkeypatch, processes):
     monkeypatch.setattr(data, "num_processes", lambda: processes)
-    with pytest.raises(
-        ValueError, match=f"{processes} processes can't share batches of 8 images, the last of"
-    ):
-        data.Loader(images(20), 8, "cpu", shuffle=True)
-
-
-TURNED = Image.Exif()
-TURNED[0x0112] = 3  # by half a turn
+    with pytest.raises(ValueError, match="processes can't share batches of 8 images, the last of 4"):
+        data.Loader(random_images(20), 8, "cpu", shuffle=True)
 
 
 @pytest.mark.parametrize(
@@ -227,17 +239,17 @@ TURNED[0x0112] = 3  # by half a turn
 def test_picture_files_are_read_as_they_look(tmp_path, name, picture, shown):
     path = tmp_path / name
     picture.save(path, exif=TURNED if name == "turned.jpg" else b"")
-    pixels, inputs = data.pixels_and_input(images(3), path)
+    pixels, inputs = data.pixels_and_input(random_images(3), path)
     assert pixels.shape == (32, 32, 3) and pixels[5, 5].tolist() == shown
     torch.testing.assert_close(inputs, pixels.permute(2, 0, 1) / 255)
     path.write_bytes(b"no image")
     with pytest.raises(ValueError, match=f"{name} can't be read as an image"):
-        data.pixels_and_input(images(3), path)
+        data.pixels_and_input(random_images(3), path)
 
 
 @pytest.mark.parametrize("statistics", [None, data.R32_C10_STATISTICS])
 def test_an_image_looked_at_is_the_networks_input(statistics):
-    dataset = images(3, statistics=statistics)
+    dataset = random_images(3, statistics=statistics)
     pixels, inputs = data.pixels_and_input(dataset, 1)
     assert torch.equal(pixels.permute(2, 0, 1), dataset.images[1]) and torch.equal(inputs, dataset[1][0])
 
@@ -258,16 +270,9 @@ def test_cifar100_in_all_notebooks(stand_in, at_root):
     through_all_notebooks("R32_C100", stand_in(CIFAR100, 30).parent, batch_size=16)
 
 
-def test_imagenet_in_all_notebooks(imagenet, at_root, request, monkeypatch):
+def test_imagenet_in_all_notebooks(imagenet, random_weights, at_root, request):
     if not request.config.getoption("--long"):
         pytest.skip("takes minutes: pytest --long")
-
-    def random_weights(weights, **_):
-        torch.manual_seed(0)
-        name = type(weights).__name__.split("_")[0].lower()
-        return torchvision.models.get_model(name, num_classes=3).state_dict()
-
-    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", random_weights)
     through_all_notebooks("R101_ImgNet", imagenet, sole_cv="another cv", batch_size=6)
 
 
@@ -284,7 +289,5 @@ print("top", [len(labels) for _, labels in Loader(FakeData(5, (3, 8, 8), transfo
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_a_script_reads_images_by_workers_whatever_the_start_method(tmp_path, method):
     (tmp_path / "out.py").write_text(WORKERS)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "out.py", method]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "top [2, 2, 1]\n", done.stderr
+    status, printed = run_python("out.py", method, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    assert status == 0 and re.findall("top.*", printed) == ["top [2, 2, 1]"], printed

@@ -1,16 +1,19 @@
 """Several processes train as one does: the exported notebooks under torchrun, on CPUs."""
 
 import os
-import subprocess
-import sys
 
 import nbconvert
 import papermill
 import torch
-from running import ROOT, run_cells
+from running import ROOT, run_cells, run_python, step_functions
+from test_networks import networks
 
-from models.lab.checkpoints import read_checkpoint
+import utils
+from models.lab.checkpoints import read_checkpoint, save_checkpoint
+from models.lab.data import Loader
+from models.lab.distributed import gathered, join_processes, num_processes, rank
 from models.lab.timing import same_machine
+from models.lab.training import Training
 
 SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32,
          "data_dir": str(ROOT / "data")}  # fmt: skip
@@ -20,6 +23,7 @@ BLOCKDROP = SMALL | {
     "averaging": 0.67, "lr_policy": [1e-4, 1e-5], "alpha": 0.95, "temperature": 1,
     "penalty": -1,  # a harder one makes a larger loss, and a noisier one
 }  # fmt: skip
+SAMPLING = {"penalty": -1, "alpha": 0.9, "temperature": 1, "beta": 0}
 REPORT = """
 import os
 from models.lab.checkpoints import fingerprint
@@ -36,56 +40,14 @@ def fails(self, *args):
     return mean_loss(self, *args)
 mean_loss, Training.mean_loss = Training.mean_loss, fails
 """
-# A finetuning in little. Batch norm in eval mode: only the gradients' average can make a difference. The
-# last batch has three images, which two processes share unevenly.
-STEPS = """
-import torch
-import utils
-from models.lab.checkpoints import save_checkpoint
-from models.lab.data import Loader
-from models.lab.device import seed_everything
-from models.lab.distributed import gathered, join_processes, num_processes, rank
-from models.lab.training import Training
-from running import ROOT, step_functions
-
-def not_greedy(explored):
-    policy = (explored < 0.5).float()
-    # A block that the first process's images drop, and the second one's keep.
-    policy[:, 0] = rank() if num_processes() > 1 else torch.arange(len(policy)) % 2
-    return policy
-
-join_processes(torch.device("cpu"))
-steps = step_functions("blockdrop_training", sample=not_greedy)
-loader = Loader(utils.get_dataset("R8_SYN", ROOT / "data", 83)[0], 16, "cpu", shuffle=True)
-seed_everything(1)
-rnet, agent = (network.eval() for network in utils.build_model("R8_SYN"))
-optimizers = steps.sgd(rnet, 0.1, 6)[0], torch.optim.SGD(agent.parameters(), 0.01)
-sampling = {"penalty": -1, "alpha": 0.9, "temperature": 1, "beta": 0}
-networks = {"resnet": rnet, "agent": agent}
-training = Training("finetuning", f"run{num_processes()}", {"seed": 1}, networks, {}, 1, "")
-for epoch in training:
-    drawn, losses, outcomes = gathered(torch.rand(1)), [], []
-    for images, labels in training.batches(loader, losses):
-        loss, outcome = steps.finetuning_step(rnet, agent, optimizers, images, labels, "fp32", True, sampling)
-        losses.append(loss * len(labels))
-        outcomes.append(outcome)
-    *stats, policies = utils.performance_stats(*zip(*outcomes))
-    state = {"loss": training.mean_loss(losses, loader), "stats": stats, "policies": sorted(policies)}
-    state |= {name: network.state_dict() for name, network in networks.items()}
-    save_checkpoint("steps.t7", state | {"drawn": drawn})
-"""
 
 
 def launch(script, folder):
     """Run a script by two processes; return its exit status and what it printed, errors included."""
     (folder / "script.py").write_text(script)
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*torchrun, "script.py"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        timeout=600, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"},
-    )  # fmt: skip
-    return done.returncode, done.stdout
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    environment = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "MPLBACKEND": "agg"}
+    return run_python(*torchrun, "script.py", cwd=folder, **environment)
 
 
 def export(name, folder, settings):
@@ -98,48 +60,62 @@ def export(name, folder, settings):
     return script
 
 
-def train_by_two(name, folder, settings):
-    """Train a notebook by two processes, which end with the same weights; return what they printed."""
-    status, printed = launch(export(name, folder, settings) + REPORT, folder)
-    assert status == 0 and "Warning" not in printed, printed
-    first, second = [file.read_text() for file in folder.glob("weights-*")]
-    assert first == second
-    return printed
-
-
-def train_by_one(name, folder, settings):
-    run_cells(name, settings | {"cv_dir": str(folder / "cv")})
-
-
-def last(folder, stage):
-    return read_checkpoint(folder / "cv" / stage / "R8_SYN" / "last.t7")
-
-
 def test_two_processes_train_as_one_does(at_root, tmp_path):
     """Batch norm sees half the batch, and policies are sampled otherwise: close, and not the same."""
     one, two = tmp_path / "one", tmp_path / "two"
     two.mkdir()
     for name, settings in (("rnet_sole", SOLE), ("blockdrop_training", BLOCKDROP)):
-        train_by_one(name, one, settings)
-        printed = train_by_two(name, two, settings)
+        run_cells(name, settings | {"cv_dir": str(one / "cv")})
+        status, printed = launch(export(name, two, settings) + REPORT, two)
+        assert status == 0 and "Warning" not in printed, printed
+        first, second = [file.read_text() for file in two.glob("weights-*")]
+        assert first == second  # both processes end with the same weights
     assert printed.count("TS - ") == 2  # one process prints
     for stage, figure, tolerance in (
         ("trained_rnet", "loss", 0.1), ("stochastic_depth", "loss", 0.1),
         ("trained_policy", "val_probs", 0.05), ("finetuned", "val_probs", 0.05),
         ("trained_policy", "loss", 0.5), ("finetuned", "loss", 0.5),  # 288 sampled policies: a noisy loss
     ):  # fmt: skip
-        expected, found = (
-            torch.tensor([row[figure] for row in last(folder, stage)["history"]]) for folder in (one, two)
-        )
+        paths = (folder / "cv" / stage / "R8_SYN" / "last.t7" for folder in (one, two))
+        histories = (read_checkpoint(path)["history"] for path in paths)
+        expected, found = (torch.tensor([row[figure] for row in history]) for history in histories)
         assert (found - expected).abs().max() < tolerance, f"{stage}, {figure}"
+
+
+def not_greedy(explored):
+    """Stand for sampling: the first process's images drop the first block, and the second one's keep it."""
+    policy = (explored < 0.5).float()
+    policy[:, 0] = rank() if num_processes() > 1 else torch.arange(len(policy)) % 2
+    return policy
+
+
+def finetune_a_little():
+    """Leave losses and weights in steps.t7; two processes share the last batch, three images, unevenly."""
+    join_processes(torch.device("cpu"))
+    steps = step_functions("blockdrop_training", sample=not_greedy)
+    loader = Loader(utils.get_dataset("R8_SYN", ROOT / "data", 83)[0], 16, "cpu", shuffle=True)
+    rnet, agent = networks()  # batch norm in eval mode: only the gradients' average can make a difference
+    optimizers = steps.sgd(rnet, 0.1, 6)[0], torch.optim.SGD(agent.parameters(), 0.01)
+    pair, batch_settings = {"resnet": rnet, "agent": agent}, ("fp32", True, SAMPLING)
+    training = Training("finetuning", f"run{num_processes()}", {"seed": 1}, pair, {}, 1, "")
+    for _ in training:
+        drawn, losses, outcomes = gathered(torch.rand(1)), [], []
+        for images, labels in training.batches(loader, losses):
+            loss, outcome = steps.finetuning_step(rnet, agent, optimizers, images, labels, *batch_settings)
+            losses.append(loss * len(labels))
+            outcomes.append(outcome)
+        *stats, policies = utils.performance_stats(*zip(*outcomes, strict=True))
+        found = {"loss": training.mean_loss(losses, loader), "stats": stats, "policies": sorted(policies)}
+        found |= {name: network.state_dict() for name, network in pair.items()}
+        save_checkpoint("steps.t7", found | {"drawn": drawn})
 
 
 def test_gradients_and_statistics_are_the_whole_batchs(tmp_path, monkeypatch):
     """Without batch norm's statistics, two processes take the steps of one."""
     monkeypatch.chdir(tmp_path)
-    exec(STEPS, {})
+    finetune_a_little()
     one = read_checkpoint("steps.t7")
-    status, printed = launch(STEPS, tmp_path)
+    status, printed = launch("from test_distributed import finetune_a_little; finetune_a_little()", tmp_path)
     assert status == 0, printed
     two = read_checkpoint("steps.t7")
     for name in ("loss", "stats", "resnet", "agent"):
@@ -150,16 +126,15 @@ def test_gradients_and_statistics_are_the_whole_batchs(tmp_path, monkeypatch):
 
 def test_an_error_that_all_have_is_reported_once(tmp_path):
     status, printed = launch(export("rnet_sole", tmp_path, SOLE | {"batch_size": 33}), tmp_path)
-    said = "ValueError: 2 processes can't share batches of 33 images"
-    assert status != 0 and printed.count(said) == 1
+    assert status != 0 and printed.count("ValueError: 2 processes can't share batches of 33 images") == 1
 
 
 def test_an_error_of_one_ends_the_run_and_one_process_goes_on(at_root, tmp_path, capsys):
     status, printed = launch(FAILS + export("rnet_sole", tmp_path, SOLE), tmp_path)
     assert status != 0 and "ValueError: on purpose" in printed
     assert "Epoch: 0 - " in printed and "Epoch: 1 - " not in printed
-    train_by_one("rnet_sole", tmp_path, SOLE)
+    run_cells("rnet_sole", SOLE | {"cv_dir": str(tmp_path / "cv")})
     assert "1 epochs done, 2 to go" in capsys.readouterr().out
-    two, one = last(tmp_path, "trained_rnet")["lineage"][-1]["machine"]
+    two, one = read_checkpoint(tmp_path / "cv/trained_rnet/R8_SYN/last.t7")["lineage"][-1]["machine"]
     assert two["processes"] == 2 and "processes" not in one
     assert same_machine(two, two) and not same_machine(two, one)

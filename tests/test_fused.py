@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_networks import randomized
+from test_networks import networks
 
 import utils
 from models.inference import Eager, fold
@@ -13,45 +13,33 @@ pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 from models.fused import PROGRAMS, FusedResNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {torch.float16: 0.003, torch.bfloat16: 0.02}
-BF16 = pytest.param(
-    14, 3, torch.bfloat16,
-    marks=pytest.mark.skipif(DEVICE == "cpu", reason="Triton's interpreter takes bf16 for whole numbers"),
-)  # fmt: skip
-
-
-def network(depth):
-    torch.manual_seed(depth)
-    return fold(randomized(utils.build_model(f"R{depth}_SYN")[0]))
+HALF, BF16 = torch.float16, torch.bfloat16
+TOLERANCE = {HALF: 0.003, BF16: 0.02}
 
 
 @pytest.mark.parametrize(
     ("depth", "n", "dtype"),
-    [
-        (8, 0, torch.float16),
-        (8, 1, torch.float16),
-        (8, PROGRAMS + 3, torch.float16),
-        (14, 3, torch.float16),
-        BF16,
-        (20, 3, torch.float16),
-    ],
+    [(8, 0, HALF), (8, 1, HALF), (8, PROGRAMS + 3, HALF), (14, 3, HALF), (14, 3, BF16), (20, 3, HALF)],
 )
 @torch.no_grad()
 def test_it_is_the_masked_forward(depth, n, dtype):
-    rnet = network(depth)
+    if dtype == BF16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter takes bf16 for whole numbers")
+    rnet = fold(networks(f"R{depth}_SYN", seed=depth)[0])
     images, policy = torch.rand(n, 3, 32, 32), torch.randint(2, (n, rnet.num_blocks)).float()
     policy[:1], policy[1:2], policy[2:3] = 1, 0, torch.arange(rnet.num_blocks) == rnet.num_blocks // 2
     fused = FusedResNet(rnet, dtype, DEVICE)
-    pairs = [(fused(images.to(DEVICE), policy.to(DEVICE)), rnet(images, policy))]
-    pairs.append((fused(images[:1].to(DEVICE)), rnet(images[:1])))
-    pairs.append((fused(images.to(DEVICE), policy[:1].expand(n, -1).to(DEVICE)), rnet(images)))
-    for found, expected in pairs:
+    for found, expected in (
+        (fused(images.to(DEVICE), policy.to(DEVICE)), rnet(images, policy)),
+        (fused(images[:1].to(DEVICE)), rnet(images[:1])),
+        (fused(images.to(DEVICE), policy[:1].expand(n, -1).to(DEVICE)), rnet(images)),
+    ):
         assert found.dtype == torch.float32 and found.shape == expected.shape
         assert (found.cpu() - expected).norm() <= TOLERANCE[dtype] * expected.norm()
 
 
 def test_layouts_and_types_of_policies_give_the_same():
-    fused = FusedResNet(network(8), torch.float16, DEVICE)
+    fused = FusedResNet(fold(networks()[0]), HALF, DEVICE)
     images, policy = torch.rand(2, 6, 32, 64, device=DEVICE)[:, ::2, :, ::2], torch.tensor([[1, 0, 1]] * 2)
     expected = fused(images.contiguous(), policy.float().to(DEVICE))
     for other in (policy, policy.bool(), policy.half(), policy.t().contiguous().t()):
@@ -62,30 +50,30 @@ def test_layouts_and_types_of_policies_give_the_same():
 
 @torch.no_grad()
 def test_the_policy_network_decides_and_the_resnet_follows():
-    torch.manual_seed(1)
-    rnet, agent = (fold(randomized(net)).to(DEVICE) for net in utils.build_model("R8_SYN"))
-    fuse = partial(FusedResNet, dtype=torch.float16, device=DEVICE)
+    rnet, agent = (fold(network).to(DEVICE) for network in networks())
     images = torch.rand(3, 3, 32, 32, device=DEVICE) * torch.arange(1, 4, device=DEVICE)[:, None, None, None]
     policy = (agent(images)[0] >= 0.5).float()
+    fuse = partial(FusedResNet, dtype=HALF, device=DEVICE)
     logits, decided = Eager(fuse, rnet, agent, None).both(images)
     assert torch.equal(decided, policy)
-    assert (logits - rnet(images, policy)).norm() <= 0.003 * logits.norm()
+    assert (logits - rnet(images, policy)).norm() <= TOLERANCE[HALF] * logits.norm()
 
 
 def test_other_values_than_0_and_1_give_no_number():
     policy = torch.tensor([[1, 0, 0.5], [1, 0, 1], [-1, 0, 0], [0, torch.nan, 0]], device=DEVICE)
-    logits = FusedResNet(network(8), torch.float16, DEVICE)(torch.rand(4, 3, 32, 32, device=DEVICE), policy)
+    fused = FusedResNet(fold(networks()[0]), HALF, DEVICE)
+    logits = fused(torch.rand(4, 3, 32, 32, device=DEVICE), policy)
     assert logits.isnan().all(1).tolist() == [True, False, True, True]
 
 
 def test_what_cant_be_run_is_said():
-    rnet = network(8)
+    rnet, _ = networks()
     with pytest.raises(ValueError, match=r"float16 or bfloat16, not in torch\.float32"):
-        FusedResNet(rnet, torch.float32, DEVICE)
-    for wrong in (utils.build_model("R8_SYN")[0], fold(utils.build_model("R50_ImgNet")[0])):
+        FusedResNet(fold(rnet), torch.float32, DEVICE)
+    for wrong in (rnet, fold(utils.build_model("R50_ImgNet")[0])):
         with pytest.raises(ValueError, match="made of a FlatResNet32 with its batch norms folded"):
-            FusedResNet(wrong, torch.float16, DEVICE)
-    fused, images = FusedResNet(rnet, torch.float16, DEVICE), torch.rand(2, 3, 32, 32, device=DEVICE)
+            FusedResNet(wrong, HALF, DEVICE)
+    fused, images = FusedResNet(fold(rnet), HALF, DEVICE), torch.rand(2, 3, 32, 32, device=DEVICE)
     for given, message in (
         ((images[..., :24],), r"images have shape \(2, 3, 32, 24\), expected \(N, 3, 32, 32\)"),
         ((images.to("meta"),), "the images are on meta, the network on"),

@@ -6,12 +6,69 @@ from running import step_functions
 
 import utils
 from models import inference
-from models.graphs import CapturedStep, Graph, Graphs, one_graph
-from models.lab.device import seed_everything
+from models.graphs import CapturedStep, Graph, Graphs, SingleImage, one_graph
+from models.lab.device import choose_device, seed_everything
 from models.lab.training import one_cycle
 
 CPU = torch.device("cpu")
-SAMPLING = {"penalty": -1, "alpha": 0.9, "temperature": 0.5, "beta": 0}
+STEPS, LR = 20, 0.05
+SAMPLING = {"penalty": -1, "alpha": 0.9, "temperature": 1, "beta": 0.1}
+
+
+def networks(model="R20_SYN"):
+    """Return ResNet and policy network, in eval mode on the CPU; the policies differ between images."""
+    seed_everything(0)
+    rnet, agent = utils.build_model(model)
+    with torch.no_grad():
+        agent.logit.weight.normal_()
+    return rnet.eval(), agent.eval()
+
+
+def take_steps(stage, precision="fp32", device=CPU, wrapped=None, steps=7):
+    """Take some training steps; return the weights before and after, batch norms' statistics, and the losses.
+
+    `wrapped`: what makes a captured step of a step function.
+    """
+    choose_device(device.type)
+    rnet, agent = (net.to(device, memory_format=torch.channels_last).train() for net in networks("R8_SYN"))
+    fused = None if wrapped else True  # captured steps become fused
+    sgd = torch.optim.SGD(rnet.parameters(), LR, 0.9, weight_decay=5e-4, nesterov=True, fused=fused)
+    adam = torch.optim.Adam(agent.parameters(), 1e-3, fused=fused)
+    # On CUDA in bf16, as one kernel: block by block the host would read the policies, which no graph can.
+    frozen = inference.prepare(rnet, precision="bf16" if device.type == "cuda" else "fp32")
+    sole, nb = step_functions("rnet_sole"), step_functions("blockdrop_training")
+    function, before, after = {
+        "sole": (sole.sole_step, (rnet, sgd), (precision,)),
+        "depth": (nb.depth_step, (rnet, sgd), (0.7, precision, False)),
+        "policy": (nb.policy_step, (agent, frozen, adam), (precision, 3, SAMPLING)),
+        "finetuning": (nb.finetuning_step, (rnet, agent, (sgd, adam)), (precision, False, SAMPLING)),
+    }[stage]
+    nets = [net for net in (rnet, agent) if net in before]
+    optimizers = {"policy": [adam], "finetuning": [sgd, adam]}.get(stage, [sgd])
+    schedules = [one_cycle(optimizer, optimizer.defaults["lr"], 2 * STEPS, 0.2) for optimizer in optimizers]
+    step = wrapped(function) if wrapped else function
+    draw = {"generator": torch.Generator().manual_seed(3)}
+    batches = [(torch.rand(n, 3, 32, 32, **draw), torch.randint(10, (n,), **draw)) for n in (32, 32, 16)]
+    batches = [(images.to(device), labels.to(device)) for images, labels in batches]
+
+    def weights():
+        return torch.cat([weight.detach().flatten() for net in nets for weight in net.parameters()])
+
+    start, losses = weights(), []
+    seed_everything(2)  # of sampled policies
+    for number in range(steps):
+        found = step(*before, *batches[2 if number % 10 == 5 else number % 2], *after)
+        losses.append(found[0] if isinstance(found, tuple) else found)
+        for schedule in schedules:
+            schedule.step()
+    end, statistics = weights(), torch.cat([buffer.flatten() for net in nets for buffer in net.buffers()])
+    if wrapped and step.graphs:
+        assert len(step.graphs) == (2 if steps > 5 else 1)
+        for optimizer in optimizers:  # as a schedule does it: the graph sees the new learning rate
+            optimizer.param_groups[0]["lr"].fill_(0)
+        step(*before, *batches[0], *after)
+        assert torch.equal(weights(), end)
+    return start, end, statistics, torch.stack(losses)
 
 
 def run_for_replay(function):
@@ -21,40 +78,11 @@ def run_for_replay(function):
     return function
 
 
-def train(name, wrapped):
-    """Take a few steps of batches of two sizes; return the losses."""
-    seed_everything(0)
-    rnet, agent = utils.build_model("R8_SYN")
-    sgd = torch.optim.SGD(rnet.parameters(), 0.1, momentum=0.9, nesterov=True, weight_decay=5e-4, fused=True)
-    adam = torch.optim.Adam(agent.parameters(), 1e-3, fused=True)
-    schedules = {"sgd": one_cycle(sgd, 0.1, 6, 0.3), "adam": one_cycle(adam, 1e-3, 6, 0.3)}
-    used = {"policy_step": ["adam"], "finetuning_step": ["sgd", "adam"]}.get(name, ["sgd"])
-    frozen, images = inference.prepare(rnet.eval()), torch.rand(6, 8, 3, 32, 32)
-    rnet.train()
-    labels, losses = torch.randint(10, (6, 8)), []
-    algorithm = step_functions("rnet_sole" if name == "sole_step" else "blockdrop_training")
-    step = wrapped(getattr(algorithm, name))
-    for x, y in zip(images, labels, strict=True):
-        if len(losses) == 3:
-            x, y = x[:5], y[:5]
-        given = {
-            "sole_step": (rnet, sgd, x, y, "fp32"),
-            "depth_step": (rnet, sgd, x, y, 0.7, "fp32", False),
-            "policy_step": (agent, frozen, adam, x, y, "fp32", 3, SAMPLING),
-            "finetuning_step": (rnet, agent, (sgd, adam), x, y, "fp32", False, SAMPLING),
-        }[name]
-        result = step(*given)
-        losses.append(result[0] if isinstance(result, tuple) else result)
-        for optimizer in used:
-            schedules[optimizer].step()
-    return [loss.item() for loss in losses]
-
-
-@pytest.mark.parametrize("name", ["sole_step", "depth_step", "policy_step", "finetuning_step"])
-def test_warming_up_does_not_train(name):
-    losses = train(name, lambda step: CapturedStep(step, CPU, run_for_replay))
-    torch.testing.assert_close(losses, train(name, lambda step: step))  # learning rates are rounded
-    assert one_graph(train, CPU) is train
+@pytest.mark.parametrize("stage", ["sole", "depth", "policy", "finetuning"])
+def test_warming_up_does_not_train(stage):
+    captured = take_steps(stage, wrapped=lambda step: CapturedStep(step, CPU, run_for_replay))
+    torch.testing.assert_close(captured, take_steps(stage))  # learning rates are rounded
+    assert one_graph(take_steps, CPU) is take_steps
 
 
 def test_a_step_that_cant_be_captured_runs_as_it_is(capsys):
@@ -62,26 +90,36 @@ def test_a_step_that_cant_be_captured_runs_as_it_is(capsys):
         function()
         raise RuntimeError("no graphs here")
 
-    losses = train("sole_step", lambda step: CapturedStep(step, CPU, refuse))
-    torch.testing.assert_close(losses, train("sole_step", lambda step: step))
+    refused = take_steps("sole", wrapped=lambda step: CapturedStep(step, CPU, refuse))
+    torch.testing.assert_close(refused, take_steps("sole"))
     assert capsys.readouterr().out == "sole_step runs without CUDA graphs: no graphs here\n"
 
 
+@pytest.mark.parametrize(("way", "n"), [(Graphs, 2), (SingleImage, 1)])
 @torch.inference_mode()
-def test_captured_functions_give_what_they_gave():
-    torch.manual_seed(0)
-    rnet, agent = utils.build_model("R8_SYN")
-    first, images = torch.rand(2, 2, 3, 32, 32)
-    for net in (inference.prepare(rnet.eval()), inference.prepare(rnet, agent.eval())):
-        graphs, policy = Graphs(net.eager, first, run_for_replay), torch.tensor([[1, 0, 1.0]] * 2)
-        pairs = [(graphs.under(images, policy), net.eager.under(images, policy))]
-        if net.eager.agent is None:
-            pairs.append((graphs.alone(images), net(images)))
-        else:
-            pairs += [
-                (graphs.decide(images), net.decide(images)),
-                *zip(graphs.both(images), net(images), strict=True),
-            ]
-        assert all(torch.equal(ours, expected) for ours, expected in pairs)
+def test_captured_networks_are_the_masked_forward(way, n):
+    rnet, agent = networks()
+    pair, sole = inference.prepare(rnet, agent), inference.prepare(rnet)
+    first, *others = torch.rand(4, n, 3, 32, 32)
+    captured_pair, captured_sole = (way(net.eager, first, run_for_replay) for net in (pair, sole))
+    for images in others:
+        decided = pair.decide(images)
+        assert torch.equal(captured_pair.decide(images), decided)
+        found = [*captured_pair.both(images), captured_sole.alone(images)]
+        expected = [rnet(images, decided), decided, rnet(images)]
+        for policy in (torch.ones(n, 9), torch.zeros(n, 9), *torch.randint(2, (3, n, 9)).float()):
+            found += [captured.under(images, policy) for captured in (captured_pair, captured_sole)]
+            expected += [rnet(images, policy)] * 2
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy_too", [True, False])
+@torch.inference_mode()
+def test_a_step_that_does_nothing_is_noticed(policy_too):
+    net, image, steps = inference.prepare(*networks()[: 1 + policy_too]), torch.rand(1, 3, 32, 32), []
+    SingleImage(net.eager, image, lambda step: steps.append(step) or step)
+    before = iter(steps[:-1])  # the last step is the decision, or all blocks at once
     with pytest.raises(RuntimeError, match="gave other results"):
-        Graph(torch.sin, images, capture=lambda run: run() or (lambda: None))
+        SingleImage(net.eager, image, lambda step: step if next(before, None) else lambda: None)
+    with pytest.raises(RuntimeError, match="gave other results"):
+        Graph(net.eager.under, image, torch.ones(1, 9), capture=lambda run: run() or (lambda: None))

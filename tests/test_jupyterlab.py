@@ -1,7 +1,4 @@
-"""Notebooks in JupyterLab, light and dark, in headless Chromium: pytest --browser tests/test_jupyterlab.py
-
-Needs Chromium on the path and `pip install playwright`; `-s` prints where a picture of every notebook lies.
-"""
+"""Notebooks in JupyterLab, light and dark, in Chromium (`--browser`); `-s` prints where pictures lie."""
 
 import json
 import os
@@ -12,7 +9,7 @@ import sys
 
 import papermill
 import pytest
-from conftest import NOTEBOOKS, ROOT
+from running import NOTEBOOKS, ROOT
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE
 
 AFRESH = {"resume": False}  # the second theme trains again

@@ -1,9 +1,4 @@
-"""Trainings killed at random moments and run again end as if nothing had happened, to the bit.
-
-`pytest tests/test_kills.py --long` kills each notebook's training 30 times, otherwise once. The kill is
-SIGKILL: the process can do nothing about it. Every third kill falls while a checkpoint is written: the first
-one, the next time the second, and so on.
-"""
+"""Trainings killed at random moments and run again end as if nothing had happened, to the bit."""
 
 import contextlib
 import io
@@ -13,16 +8,15 @@ import signal
 import time
 
 import pytest
-import torch
 from running import ROOT, run_cells
+from test_networks import networks
 
-import utils
 from models.lab import stages
 from models.lab.checkpoints import fingerprint
 
 SMALL = {
-    "model": "R8_SYN", "device": "cpu", "max_images": 240, "batch_size": 24, "seed": 1, "averaging": 0.67,
-    "data_dir": str(ROOT / "data"),
+    "model": "R8_SYN", "device": "cpu", "max_images": 240, "batch_size": 24, "averaging": 0.67,
+    "small_crops": 0.5, "data_dir": str(ROOT / "data"),
 }  # fmt: skip
 # A kill may fall in a stage or between two. BlockDrop's training starts from the ResNet that ships.
 NOTEBOOKS = {
@@ -40,10 +34,18 @@ def run_silently(name, cv_dir):
         run_cells(name, NOTEBOOKS[name] | {"cv_dir": str(cv_dir)})
 
 
-def start(name, cv_dir):
-    process = processes.Process(target=run_silently, args=(name, cv_dir))
+def start(function, *args):
+    process = processes.Process(target=function, args=args)
     process.start()
     return process
+
+
+def finish(name, cv_dir):
+    """Run a training to its end; return the weights."""
+    process = start(run_silently, name, cv_dir)
+    process.join()
+    assert process.exitcode == 0 and not any(cv_dir.rglob(".*.tmp"))
+    return weights(cv_dir)
 
 
 def wait_for_a_file_being_written(cv_dir, number, process):
@@ -58,32 +60,26 @@ def weights(cv_dir):
     """Return each final checkpoint's name and its networks' fingerprint; all checkpoints load."""
     found = {}
     for path in cv_dir.rglob("*.t7"):
-        torch.manual_seed(0)
-        networks = utils.build_model("R8_SYN")
-        stages.load_networks(stages.load(path), None, *networks)
+        pair = networks()
+        stages.load_networks(stages.load(path), None, *pair)
         if path.name != "last.t7":
-            found[path.relative_to(cv_dir)] = fingerprint(*networks)
+            found[path.relative_to(cv_dir)] = fingerprint(*pair)
     return found
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(at_root, tmp_path, request, name):
     processes.set_forkserver_preload(PRELOADED)
-    warm_up = processes.Process(target=time.sleep, args=(0,))
-    warm_up.start()
-    warm_up.join()
+    start(time.sleep, 0).join()  # the process that others are forked from starts
     begin = time.perf_counter()
-    process = start(name, tmp_path / "whole")
-    process.join()
+    expected = finish(name, tmp_path / "whole")
     seconds = time.perf_counter() - begin
-    expected = weights(tmp_path / "whole")
-    assert process.exitcode == 0 and len(expected) == (1 if name == "rnet_sole" else 3)
-    chance = random.Random(name)
-    killed, number, loaded = 0, 0, 0
+    assert len(expected) == (1 if name == "rnet_sole" else 3)
+    chance, killed, number, loaded = random.Random(name), 0, 0, 0
     while killed < (30 if request.config.getoption("--long") else 1):  # one that ends before doesn't count
         cv_dir = tmp_path / str(number)
-        process = start(name, cv_dir)
-        if number % 3 == 2:
+        process = start(run_silently, name, cv_dir)
+        if number % 3 == 2:  # one of the checkpoints, each in its turn, is half written
             wait_for_a_file_being_written(cv_dir, 1 + number // 3 % 10, process)
         else:
             time.sleep(chance.uniform(0, seconds))
@@ -93,8 +89,5 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(at_root, tmp_path, reque
         number += 1
         weights(cv_dir)
         loaded += len(list(cv_dir.rglob("*.t7")))
-        process = start(name, cv_dir)
-        process.join()
-        assert process.exitcode == 0 and weights(cv_dir) == expected
-        assert not any(cv_dir.rglob(".*.tmp"))
+        assert finish(name, cv_dir) == expected
     print(f"{name}: killed {killed} times, {loaded} checkpoints found, all loaded, all ended the same")

@@ -1,4 +1,4 @@
-"""Networks: kept and dropped blocks, torchvision's logits, and learning from the images that keep a block."""
+"""Networks: names, kept and dropped blocks, torchvision's logits, FLOPs, and what learns."""
 
 import copy
 
@@ -6,10 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 import utils
-from models.policy import greedy_policy
-from models.resnet import FlatResNet32
 
 
 def randomized(network):
@@ -23,10 +22,23 @@ def randomized(network):
     return network.eval()
 
 
+def networks(model="R8_SYN", seed=0):
+    """Return a ResNet and a policy network as after training: the policies differ between images."""
+    torch.manual_seed(seed)
+    rnet, agent = map(randomized, utils.build_model(model))
+    torch.nn.init.uniform_(agent.logit.bias, -1, 1)
+    return rnet, agent
+
+
 @pytest.fixture
 def rnet():
-    torch.manual_seed(0)
-    return randomized(FlatResNet32(layer_config=(2, 2, 2)))
+    return networks("R14_SYN")[0]
+
+
+@pytest.mark.parametrize("model", ["R33_C10", "R2_C10", "R32", "R32_MNIST", "R34_ImgNet", "r32_C10", "", 32])
+def test_other_names_are_refused(model):
+    with pytest.raises(ValueError, match=r"expected R<depth>_<dataset>"):
+        utils.build_model(model)
 
 
 @torch.no_grad()
@@ -44,7 +56,7 @@ def test_a_kept_block_adds_to_its_shortcut_and_a_dropped_one_is_its_shortcut(rne
 def test_skipping_dropped_blocks_gives_the_masked_gradients(rnet, autocast):
     images = torch.rand(8, 3, 32, 32)
     policies = torch.randint(2, (8, 6)).float()
-    policies[:, 1], policies[:, 5] = 0, 1  # by none, by all; 2 and 4, by some, change the shape
+    policies[:, 1], policies[:, 5] = 0, 1  # kept by none, by all; 2 and 4, by some, change the shape
     gradients = []
     for skip_dropped in (False, True):
         rnet.zero_grad()
@@ -92,14 +104,19 @@ def test_flatresnet224_gives_torchvisions_logits(depth):
     torch.testing.assert_close(rnet.forward_full(images), expected, atol=1e-4 * expected.std(), rtol=1e-4)
 
 
-def test_greedy_keeps_from_one_half_on():
-    assert greedy_policy(torch.tensor([[0.499, 0.5, 0.9]])).tolist() == [[0, 1, 1]]
+def test_flops_agree_with_pytorchs_counter_and_the_original():
+    rnet, agent = utils.build_model("R50_ImgNet")
+    policy, image = torch.arange(16) % 2, torch.rand(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        agent.eval()(image)
+        rnet.eval().forward_single(image, policy)
+    assert utils.count_flops(rnet, policy[None], agent, 64).item() == counter.get_total_flops()
+    assert f"{utils.count_flops(utils.build_model('R110_C10')[0]).item():.1E}" == "5.1E+08"
 
 
 def test_bf16_training_reaches_every_weight():
     """As in finetuning: a pass without gradients first must not cut the second one off."""
-    torch.manual_seed(0)
-    rnet, agent = utils.build_model("R8_SYN")
+    rnet, agent = (network.train() for network in networks())
     images, policy = torch.rand(4, 3, 32, 32), torch.ones(4, 3)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         rnet(images, policy)

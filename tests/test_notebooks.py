@@ -1,18 +1,15 @@
 """Every notebook, executed from a clean kernel with small settings on the built-in data."""
 
-import ast
 import builtins
-import contextlib
 import json
 import re
-import subprocess
-import sys
+import symtable
+from unittest.mock import Mock
 
 import nbformat
 import papermill
 import pytest
-from conftest import NOTEBOOKS, ROOT
-from running import run_cells
+from running import NOTEBOOKS, ROOT, code_cells, run_cells, run_python
 
 import utils
 from models import inference
@@ -33,14 +30,8 @@ def execute(name, folder, settings):
     paths = {"cv_dir": str(folder / "cv"), "data_dir": str(ROOT / "data")}
     if name == "blockdrop_inference":
         paths["results_dir"] = str(folder / "results")
-    notebook = papermill.execute_notebook(
-        ROOT / f"{name}.ipynb",
-        folder / f"{name}.ipynb",
-        parameters=settings | paths,
-        cwd=ROOT,
-        progress_bar=False,
-        execution_timeout=600,  # seconds per cell
-    )
+    file, options = f"{name}.ipynb", {"progress_bar": False, "execution_timeout": 600}  # seconds per cell
+    notebook = papermill.execute_notebook(ROOT / file, folder / file, settings | paths, cwd=ROOT, **options)
     return "".join(o.text for c in notebook.cells for o in c.get("outputs", []) if o.output_type == "stream")
 
 
@@ -69,17 +60,14 @@ def train(cv_dir, settings, blockdrop=None, **how):
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "lines"),
-    [
-        ("rnet_sole", ("Accuracy of the model: ", "Training in s: ", "Testing per image in ms: ")),
-        ("blockdrop_training", ("TS - Accuracy: ", "Policy Training: ", "the policy network adds ")),
-        ("blockdrop_inference", ("Accuracy of the model: ", "Blocks used in avg: ", "Min blocks: ")),
-        ("blockdrop_inference", ("Testing in ms: ", "How a single image runs: ", "Report saved: ")),
-    ],
-)
-def test_they_print_the_originals_lines_and_more(printed, name, lines):
-    assert all(line in printed[0][name] for line in lines)
+def test_they_print_the_originals_lines_and_more(printed):
+    for name, *lines in (
+        ("rnet_sole", "Accuracy of the model: ", "Training in s: ", "Testing per image in ms: "),
+        ("blockdrop_training", "TS - Accuracy: ", "Policy Training: ", "the policy network adds "),
+        ("blockdrop_inference", "Accuracy of the model: ", "Blocks used in avg: ", "Min blocks: "),
+        ("blockdrop_inference", "Testing in ms: ", "How a single image runs: ", "Report saved: "),
+    ):
+        assert all(line in printed[0][name] for line in lines), name
 
 
 def test_they_write_their_checkpoints_and_where_these_come_from(printed):
@@ -158,14 +146,11 @@ class Interrupted(KeyboardInterrupt):
     """Stands for the interrupt of a kernel."""
 
 
-@pytest.mark.parametrize("same_kernel", [True, False])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(
-    without_pictures, tmp_path, monkeypatch, same_kernel
-):
-    """Stopped inside epochs; the cell, or the notebook, runs again: the same weights to the bit."""
-    settings, how = {"averaging": 0.5, "small_crops": 0.5}, {"again_after": (Interrupted,) * same_kernel}
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(without_pictures, tmp_path, monkeypatch):
+    """Stopped once in each epoch; the cell, or the notebook, runs again: the same to the bit."""
+    settings = {"averaging": 0.5, "small_crops": 0.5}
     expected = train(tmp_path / "whole", settings)
-    batches, number, interrupts = Training.batches, 0, [2, 9, 15, 24, 31, 40, 47, 56]  # one in each epoch
+    batches, number, interrupts = Training.batches, 0, [2, 9, 15, 24, 31, 40, 47, 56]
 
     def interrupted(self, *args):
         nonlocal number
@@ -176,63 +161,47 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(
             yield batch
 
     monkeypatch.setattr(Training, "batches", interrupted)
-    found, tries = None, 0
-    while found is None:
-        tries += 1
-        with contextlib.suppress(Interrupted):
-            found = train(tmp_path / "interrupted", settings, **how)
-    assert found == expected and tries == (1 if same_kernel else len(interrupts) + 1)
+    assert train(tmp_path / "cell", settings, again_after=(Interrupted,)) == expected
+    number = 0
+    for _ in interrupts:
+        with pytest.raises(Interrupted):
+            train(tmp_path / "notebook", settings)
+    assert train(tmp_path / "notebook", settings) == expected
 
 
-def test_every_cell_can_be_run_twice(without_pictures, tmp_path):
-    """It ends with the same weights and the same answers as when every cell runs once."""
-    found = {}
+def test_cells_run_once_or_twice_give_the_same_and_another_seed_gives_others(without_pictures, tmp_path):
+    """In a tiny training: two steps per epoch."""
+    tiny, found = {"max_images": 10, "batch_size": 8, "averaging": 0.5}, {}
     for times in (1, 2):
-        weights = train(tmp_path / str(times), {"averaging": 0.5}, times=times)
-        paths = {"max_images": 100, "cv_dir": str(tmp_path / str(times)), "results_dir": None}
+        weights = train(tmp_path / str(times), tiny, times=times)
+        paths = {"max_images": 10, "cv_dir": str(tmp_path / str(times)), "results_dir": None}
         numbers = run_cells("blockdrop_inference", INFERENCE | paths, times)["numbers"]
         found[times] = weights, [numbers[key] for key in ("baselines", "keep_rates", "networks")]
     assert found[1] == found[2]
+    others = train(tmp_path / "other", tiny | {"seed": 2})
+    assert all(one != other for one, other in zip(found[1][0], others, strict=True))
 
 
 @pytest.mark.parametrize("skip_dropped", [True, False])
 def test_small_crops_come_first_and_dropped_blocks_are_skipped_or_hidden(
     without_pictures, tmp_path, monkeypatch, skip_dropped
 ):
-    random_crop, forward, widths, skipped = data.random_crop, FlatResNet.forward, [], set()
-
-    def recorded_crop(images, share, generator):
-        widths.append(random_crop(images, share, generator).shape[-1])
-        return random_crop(images, share, generator)
+    random_crop, forward, skipped = Mock(wraps=data.random_crop), FlatResNet.forward, set()
 
     def recorded_forward(self, x, policy=None, skip_dropped=False):
         if self.training and policy is not None:
             skipped.add(skip_dropped)
         return forward(self, x, policy, skip_dropped)
 
-    monkeypatch.setattr(data, "random_crop", recorded_crop)
+    monkeypatch.setattr(data, "random_crop", random_crop)
     monkeypatch.setattr(FlatResNet, "forward", recorded_forward)
     train(tmp_path, {"small_crops": 0.5}, {"skip_dropped": skip_dropped})
-    assert widths == ([24] * 5 + [32] * 5) * 3  # of policy training, which sees whole images, none
+    shares = [call.args[1] for call in random_crop.call_args_list]
+    assert shares == ([0.75] * 5 + [1] * 5) * 3  # of policy training, which sees whole images, none
     assert skipped == {skip_dropped}
 
 
-def test_the_seed_decides_the_weights(without_pictures, tmp_path):
-    first, again, other = (
-        train(tmp_path / folder, {"seed": seed}) for folder, seed in zip("abc", (1, 1, 2), strict=True)
-    )
-    assert first == again
-    assert all(a != b for a, b in zip(first, other, strict=True))
-
-
-def test_a_tiny_run_runs(without_pictures, tmp_path):
-    train(tmp_path, {"max_images": 10, "batch_size": 8})  # two steps
-    tiny = {"max_images": 10, "cv_dir": str(tmp_path), "results_dir": None}
-    run_cells("blockdrop_inference", INFERENCE | tiny)
-
-
 def test_penalties_are_compared(printed, at_root, tmp_path):
-    """A sweep over one penalty, with its rival of equal FLOPs."""
     settings = {"max_images": 300, "device": "cpu", "max_epochs_finetuning": 1}
     with pytest.raises(ValueError, match="a sweep sets penalty itself: leave it out"):
         sweep.sweep("R8_SYN", [-3.0], settings | {"penalty": -1})
@@ -240,9 +209,9 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 1 and 0 <= found["sparsity"] <= 3
     assert found["flops"] > found["one_policy"]["flops"] > 0 and found["one_policy"]["policies"] == 1
-    command = [sys.executable, "-m", "models.lab.sweep", "R8_SYN", "--penalties", "-0.5", "-p", "epoch", "1"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "there is no setting 'epoch': do you mean" in done.stderr
+    options = ("--penalties", "-0.5", "-p", "epoch", "1")
+    _, refused = run_python("-m", "models.lab.sweep", "R8_SYN", *options)
+    assert "there is no setting 'epoch': do you mean" in refused
 
 
 @pytest.mark.parametrize(
@@ -250,9 +219,11 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     [
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("rnet_sole", {"epoch": 1}, "there is no setting 'epoch': do you mean epochs?"),
+        ("blockdrop_training", {"alpha_finetuning": 1}, "'alpha_finetuning': do you mean alpha?"),
         ("rnet_sole", {"max_images": 3}, "too few to hold a tenth out"),
         ("rnet_sole", {"averaging": 0.2}, "averaging is 0.2 of 2 epochs, less than one"),
         ("rnet_sole", {"precision": "fp8"}, "unknown precision 'fp8'"),
+        ("rnet_sole", {"cv_dir": "README.md"}, "a file stands where a folder is needed"),
         ("rnet_sole", {"device": "toaster"}, "device 'toaster' can't be used here"),
         ("blockdrop_training", {"curriculum": 3}, "curriculum is 3, and there are 2 epochs: lower it"),
         ("blockdrop_training", {"model": "R26_SYN"}, "run rnet_sole.ipynb with model = 'R26_SYN' first"),
@@ -264,48 +235,34 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     ],
 )
 def test_bad_settings_get_one_sentence_before_anything_is_trained(at_root, tmp_path, name, setting, message):
-    usual = {"rnet_sole": SOLE, "blockdrop_training": BLOCKDROP, "blockdrop_inference": INFERENCE}[name]
-    usual = usual | {"model": "R20_SYN"} if name == "blockdrop_inference" else usual
+    shipped = INFERENCE | {"model": "R20_SYN"}
+    usual = {"rnet_sole": SOLE, "blockdrop_training": BLOCKDROP, "blockdrop_inference": shipped}[name]
     with pytest.raises((ValueError, FileNotFoundError, RuntimeError)) as error:
         run_cells(name, usual | {"cv_dir": str(tmp_path)} | setting)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.rglob("*.t7"))
 
 
-# ------------------------------------------------------------------------------------ how they are written
-
-
-def code_cells(name):
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
-
-
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_no_cell_is_longer_than_a_screen(name):
-    assert max(len(cell.source.splitlines()) for cell in code_cells(name)) <= 30
+def outer_names(scope):
+    """Return the names that a function, and what is in it, takes from outside."""
+    names = {symbol.get_name() for symbol in scope.get_symbols() if symbol.is_global()}
+    return names.union(*map(outer_names, scope.get_children()))
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_function_reads_from_outside(name):
     """What a function uses is an argument, its own, imported, another function or a CONSTANT."""
-    tree = ast.parse("\n".join(cell.source for cell in code_cells(name)))
-    known = set(dir(builtins)) | {node.name for node in tree.body if hasattr(node, "name")}
-    for node in tree.body:
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            known |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
-        parts = list(ast.walk(function))
-        names = [part for part in parts if isinstance(part, ast.Name)]
-        own = {part.arg for part in parts if isinstance(part, ast.arg)}
-        own |= {part.id for part in names if not isinstance(part.ctx, ast.Load)}
-        own |= {part.name for part in parts if isinstance(part, ast.ExceptHandler | ast.FunctionDef)}
-        assert all(part.isupper() for part in {part.id for part in names} - own - known), function.name
+    module = symtable.symtable("\n".join(cell.source for cell in code_cells(name)), name, "exec")
+    symbols, known = module.get_symbols(), set(dir(builtins))
+    known |= {symbol.get_name() for symbol in symbols if symbol.is_imported() or symbol.is_namespace()}
+    for function in (function for symbol in symbols for function in symbol.get_namespaces()):
+        assert all(used.isupper() for used in outer_names(function) - known), function.get_name()
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_kept_outputs_come_from_one_clean_run(name):
+def test_cells_fit_a_screen_and_their_outputs_come_from_one_clean_run(name):
     code = code_cells(name)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 30
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    outputs = [output for cell in code for output in cell.outputs]
-    assert not any(output.output_type == "error" for output in outputs)
-    assert not any("Warning" in str(output) for output in outputs)
+    for output in (output for cell in code for output in cell.outputs):
+        assert output.output_type != "error" and "Warning" not in str(output)

@@ -1,19 +1,19 @@
-"""The notebooks' settings: checked by one table, read as they are meant, misspelled ones refused; recipes."""
+"""The notebooks' settings: checked by one table, read as they are meant; recipes."""
 
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from conftest import NOTEBOOKS, ROOT
+from running import NOTEBOOKS, code_cells
 
 from models.lab import settings
+
+RECIPES = sorted(settings.RECIPES.glob("*/*.yaml"))
 
 
 def parameters(name):
     """The cell with a notebook's settings."""
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    (cell,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    (cell,) = code_cells(name, "parameters")
     return cell.source
 
 
@@ -74,17 +74,6 @@ def test_what_a_setting_may_be_is_said(setting, values, expected):
 )
 def test_settings_are_read_as_they_are_meant(setting, given, meant):
     assert repr(settings.as_meant(setting, given)) == repr(meant)
-
-
-@pytest.mark.parametrize(
-    ("given", "nearest"), [("max_epoch_training", "max_epochs_training"), ("alpha_finetuning", "alpha")]
-)
-def test_a_misspelled_setting_is_refused_with_the_nearest(given, nearest):
-    with pytest.raises(ValueError, match=rf"there is no setting '{given}': do you mean {nearest}\?"):
-        read("blockdrop_training", **{given: 1})
-
-
-RECIPES = sorted(settings.RECIPES.glob("*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -1,61 +1,46 @@
 """Stages: trained, interrupted, resumed, skipped; what they start from and what they cost."""
 
-import contextlib
+import shutil
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from filelock import FileLock, Timeout
+from running import step_functions
+from test_data import random_images
+from test_networks import networks
 from torch.optim.swa_utils import AveragedModel
 
-import utils
 from models.lab import stages
 from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint, save_checkpoint
-from models.lab.data import Images, Loader
+from models.lab.data import Loader
 from models.lab.stages import TORCHVISION
 from models.lab.training import Training, first_averaged_epoch, one_cycle, take_average
 
 EPOCHS, LINE = 4, "Loss: {loss:.3f}"
+sole = step_functions("rnet_sole")
 
 
-def images(number, batch_size):
-    """Return a loader of random images."""
-    pixels = torch.randint(256, (number, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator())
-    dataset = Images(pixels, torch.arange(number) % 10, list("abcdefghij"), augment=True)
-    return Loader(dataset, batch_size, "cpu", shuffle=True)
-
-
-def train(folder, fault=(None, None), resume=True, seed=5, lr=0.1, averaging=0, start=None, before=print):
-    """Train a little R8; return the network and its training.
-
-    `fault`: what happens in which epoch: "interrupt", "loss" or "weight". `before`: called with each epoch.
-    """
-    torch.manual_seed(seed)
-    loader, (rnet, _) = images(40, 10), utils.build_model("R8_SYN")
+def train(folder, fault=(None, None), resume=True, seed=5, lr=0.1, start=None, before=print):
+    """Train a little R8; return it and its training. `fault`: bad "loss" or "weight", and in which epoch."""
+    rnet, _ = networks(seed=seed)
+    loader = Loader(random_images(40, augment=True), 10, "cpu", shuffle=True)
     optimizer = torch.optim.SGD(rnet.parameters(), lr, momentum=0.9)
-    scheduler, averaged = one_cycle(optimizer, lr, EPOCHS * len(loader), 0.3), AveragedModel(rnet)
-    progress = {"optimizer": optimizer, "scheduler": scheduler, "averaged": averaged}
-    settings = {"model": "R8_SYN", "seed": seed, "lr": lr, "averaging": averaging}
+    scheduler = one_cycle(optimizer, lr, EPOCHS * len(loader), 0.3)
+    progress = {"optimizer": optimizer, "scheduler": scheduler}
+    settings = {"model": "R8_SYN", "seed": seed, "lr": lr}
     training = Training("sole", folder, settings, {"resnet": rnet}, progress, EPOCHS, LINE, start, resume)
     for epoch in training:
         before(epoch)
         losses = []
         for step, (inputs, targets) in enumerate(training.batches(loader, losses)):
-            loss = F.cross_entropy(rnet.train()(F.dropout(inputs, 0.1)), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, _ = sole.sole_step(rnet.train(), optimizer, F.dropout(inputs, 0.1), targets, "fp32")
             scheduler.step()
-            if fault == ("interrupt", epoch) and step == 2:
-                raise KeyboardInterrupt
             bad = fault == ("loss", epoch) and step == 2
-            losses.append(loss.detach() * (float("nan") if bad else len(targets)))
-        if epoch >= first_averaged_epoch(EPOCHS, averaging):
-            averaged.update_parameters(rnet)
-            if epoch == EPOCHS - 1:
-                take_average(averaged, rnet, loader, "fp32")
+            losses.append(loss * (float("nan") if bad else len(targets)))
         if fault == ("weight", epoch):
             rnet.fc.bias.data[3] = float("inf")
         training.end_epoch(loss=training.mean_loss(losses, loader))
@@ -89,24 +74,21 @@ def test_a_finished_run_of_other_settings_is_replaced_once_it_is_saved(tmp_path,
 
 
 @pytest.mark.parametrize(
-    ("other", "changed"),
-    [({"lr": 0.2}, "lr 0.1 -> 0.2"), ({"start": TORCHVISION}, "starting weights")],
+    ("other", "changed"), [({"lr": 0.2}, "lr 0.1 -> 0.2"), ({"start": TORCHVISION}, "starting weights")]
 )
 def test_an_unfinished_run_of_other_settings_is_not_lost(tmp_path, other, changed):
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, ("interrupt", 2))
+        train(tmp_path, before=Mock(side_effect=[None, None, KeyboardInterrupt]))
     with pytest.raises(ValueError, match=rf"an unfinished run .*\({changed}.*resume = False"):
         train(tmp_path, **other)
     _, training = train(tmp_path, **other, resume=False)
     assert len(training.history) == EPOCHS
 
 
-LAST = {"history": [], "lineage": [{"settings": {"epochs": EPOCHS}}]}  # without an optimizer's state
-
-
 @pytest.mark.parametrize("change", [{}, {"lineage": []}, {"lineage": [3]}, {"lineage": [{}]}])
 def test_a_foreign_state_is_refused(tmp_path, change):
-    save_checkpoint(tmp_path / "last.t7", LAST | change)
+    state = {"history": [], "lineage": [{"settings": {"epochs": EPOCHS}}]}  # without an optimizer's
+    save_checkpoint(tmp_path / "last.t7", state | change)
     with pytest.raises(CheckpointError, match=r"last\.t7 is of another kind of run: move it away"):
         train(tmp_path)
 
@@ -121,12 +103,11 @@ def test_numbers_that_are_not_finite_stop_the_run_and_are_not_saved(tmp_path, wh
 
 
 def test_a_loss_that_is_not_finite_is_noticed_within_100_steps(tmp_path):
-    rnet, _ = utils.build_model("R8_SYN")
-    training = Training("sole", tmp_path, {"seed": 1}, {"resnet": rnet}, {}, 1, LINE)
-    losses = []
+    training = Training("sole", tmp_path, {"seed": 1}, {"resnet": networks()[0]}, {}, 1, LINE)
+    loader, losses = Loader(random_images(300), 1, "cpu"), []
     with pytest.raises(RuntimeError, match="not finite from step 130 of epoch 0 on: lower"):
         for _ in training:
-            for _ in training.batches(images(300, 1), losses):
+            for _ in training.batches(loader, losses):
                 losses.append(torch.tensor(float("nan") if len(losses) == 130 else 1.0))
     assert len(losses) == 200
     with pytest.raises(RuntimeError, match=r"only 0 of 1 epochs are done in .*: run the training's cell"):
@@ -134,27 +115,19 @@ def test_a_loss_that_is_not_finite_is_noticed_within_100_steps(tmp_path):
 
 
 def test_a_folder_is_in_use_while_it_is_trained_in(tmp_path):
-    found, other = [], FileLock(tmp_path / ".lock")  # as another process's
+    looked, other = [], FileLock(tmp_path / ".lock")  # as another process's
 
     def look(epoch):
-        try:
+        with pytest.raises(Timeout):
             other.acquire(timeout=0)
-            found.append("free")
-        except Timeout:
-            found.append("in use")
+        looked.append(epoch)
 
     with other, pytest.raises(RuntimeError, match=rf"another process is training in {tmp_path}: wait for it"):
         train(tmp_path)
     (tmp_path / ".left.tmp").touch()
     train(tmp_path, before=look)
-    look(EPOCHS)
-    assert found == ["in use"] * EPOCHS + ["free"] and not (tmp_path / ".left.tmp").exists()
-
-
-def test_a_folder_that_cannot_be_is_said_before_training(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(RuntimeError, match=r"could not write .*a file stands where a folder is needed"):
-        train(tmp_path / "file" / "run")
+    other.acquire(timeout=0)
+    assert looked == list(range(EPOCHS)) and not (tmp_path / ".left.tmp").exists()
 
 
 @pytest.fixture
@@ -175,9 +148,7 @@ def test_a_disk_that_fills_up_ends_the_training_and_keeps_its_last_epoch(small_d
 
     def fill(epoch):
         if epoch == 2:
-            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-                while file.write(bytes(4096)):
-                    pass
+            ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
 
     with pytest.raises(RuntimeError, match=r"could not write .*last\.t7 \(.*No space left.*free some space"):
         train(small_disk / "run", before=fill)
@@ -200,14 +171,11 @@ def test_the_learning_rate_rises_and_falls_in_trainings_of_any_length(steps):
 
 
 def test_the_averaged_epochs_are_the_last_ones():
-    assert [first_averaged_epoch(*of) for of in ((10, 0.5), (100, 0.29), (4, 0), (0, 0.5))] == [5, 71, 4, 0]
-    with pytest.raises(ValueError, match=r"averaging is 0\.2 of 4 epochs, less than one"):
-        first_averaged_epoch(4, 0.2)
+    assert [first_averaged_epoch(*of) for of in ((15, 0.5), (100, 0.29), (4, 0), (0, 0.5))] == [8, 71, 4, 0]
 
 
 def test_weights_are_averaged_and_batch_norm_learns_the_means_statistics():
-    """A block that no image keeps has the statistics that it had."""
-    rnet, _ = utils.build_model("R8_SYN")
+    rnet, loader = networks()[0].train(), Loader(random_images(40), 10, "cpu")
     averaged, seen, means = AveragedModel(rnet), [], []
     for _ in range(2):
         torch.nn.init.normal_(rnet.conv1.weight)
@@ -217,30 +185,32 @@ def test_weights_are_averaged_and_batch_norm_learns_the_means_statistics():
     dropped.running_mean.fill_(3)
     rnet.bn1.register_forward_pre_hook(lambda _, x: means.append(x[0].mean((0, 2, 3))))
     with rnet.register_forward_pre_hook(lambda _, x: (*x, policy.expand(len(*x), 3), True)):
-        take_average(averaged, rnet, images(40, 10), "fp32")
+        take_average(averaged, rnet, loader, "fp32")
     torch.testing.assert_close(rnet.conv1.weight, sum(seen) / 2)
     torch.testing.assert_close(rnet.bn1.running_mean, torch.stack(means).mean(0))
     assert len(means) == 4 and rnet.bn1.momentum == 0.1 and rnet.training
-    assert (rnet.blocks[0][0].bn1.running_mean == 3).all()
+    assert (rnet.blocks[0][0].bn1.running_mean == 3).all()  # as before: no image keeps the block
 
 
-def entry(stage, seconds, model="R20_SYN"):
-    return {"stage": stage, "seconds": seconds, "machine": [], "weights": None, "settings": {"model": model}}
+R14, POLICY = "trained_rnet/R14_SYN/pk_1.t7", "trained_policy/R20_SYN/ckpt_1.t7"
+WEIGHTS = {"resnet": {"fc.weight": torch.zeros(1)}, "agent": {"logit.weight": torch.zeros(1)}}
+
+
+def entry(stage, seconds, model="R20_SYN", **settings):
+    """Return a stage's entry in a lineage."""
+    settings = {"model": model} | settings
+    return {"stage": stage, "seconds": seconds, "machine": [], "weights": None, "settings": settings}
 
 
 @pytest.fixture
 def cv(tmp_path, monkeypatch):
     """A folder of checkpoints, next to the one that ships."""
     monkeypatch.setattr(stages, "SHIPPED", tmp_path / "shipped")
-    weights = {"resnet": {"fc.weight": torch.zeros(1)}, "agent": {"logit.weight": torch.zeros(1)}}
     for path, *holds in (("cv/trained_rnet/R20_SYN/pk_1.t7", "resnet"), (f"cv/{R14}", "resnet"),
                          ("shipped/trained_rnet/R8_SYN/pk_1.t7", "resnet"),
                          (f"cv/{POLICY}", "agent", "resnet")):  # fmt: skip
-        save_checkpoint(tmp_path / path, {name: weights[name] for name in holds})
+        save_checkpoint(tmp_path / path, {name: WEIGHTS[name] for name in holds})
     return tmp_path / "cv"
-
-
-R14, POLICY = "trained_rnet/R14_SYN/pk_1.t7", "trained_policy/R20_SYN/ckpt_1.t7"
 
 
 @pytest.mark.parametrize(
@@ -280,9 +250,7 @@ def test_costs_are_sums_over_the_lineage():
 
 
 def test_held_out_images_that_were_trained_on_are_said(tmp_path, capsys):
-    trained = entry("sole", 1.0)
-    trained["settings"]["max_images"] = 300
-    state = {"resnet": {"fc.weight": torch.zeros(1)}, "lineage": [trained]}
+    state = {"resnet": WEIGHTS["resnet"], "lineage": [entry("sole", 1.0, max_images=300)]}
     save_checkpoint(tmp_path / "trained_rnet" / "R20_SYN" / "pk_1.t7", state)
     for max_images, said in ((300, False), (None, True)):
         stages.starting_point("R20_SYN", None, True, tmp_path, max_images)

@@ -1,0 +1,122 @@
+"""What reports are made of: rivals and what is said of them, statistics, times, machines."""
+
+import time
+
+import pytest
+import torch
+from test_training import entry
+
+import utils
+from models.lab import report, rivals, stages, statistics, timing
+from models.lab.checkpoints import save_checkpoint
+
+
+def sole(cv_dir, model, max_images=None):
+    """Save an untrained sole ResNet as one that was trained; return its stage."""
+    rnet, _ = utils.build_model(model)
+    state = {"resnet": rnet.state_dict(), "lineage": [entry("sole", 1.0, model, max_images=max_images)]}
+    return stages.load(save_checkpoint(cv_dir / "trained_rnet" / model / "pk_E_1_A_0.100.t7", state))
+
+
+def test_what_does_not_compare_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(stages, "SHIPPED", tmp_path / "nothing")
+    alone = sole(tmp_path, "R32_SYN")
+    for model, max_images in (("R8_SYN", None), ("R14_SYN", 100), ("R8_C10", None), ("R38_SYN", None)):
+        sole(tmp_path, model, max_images)
+    damaged = tmp_path / "trained_rnet" / "R20_SYN" / "pk_1.t7"
+    damaged.parent.mkdir()
+    damaged.write_bytes(b"no checkpoint")
+    rnet, agent = utils.build_model("R32_SYN")
+    policy = (torch.arange(15) % 2).float()
+    rivals.always(agent, policy)
+    path = tmp_path / "one_policy" / "equal_flops" / "finetuned" / "R32_SYN" / "ckpt_1.t7"
+    save_checkpoint(path, {"resnet": rnet.state_dict(), "agent": agent.state_dict()})
+    found = rivals.find_rivals("R32_SYN", alone, tmp_path)
+    assert list(found) == ["R8_SYN", "equal FLOPs, finetuned"]
+    assert found["R8_SYN"].policy is None and torch.equal(found["equal FLOPs, finetuned"].policy, policy)
+    assert torch.equal((agent.eval()(torch.rand(2, 3, 32, 32))[0] >= 0.5).float(), policy.expand(2, -1))
+    said = capsys.readouterr().out.splitlines()
+    assert "R14_SYN/pk_E_1_A_0.100.t7 was trained on other images" in said[0] and str(damaged) in said[1]
+
+
+def test_policies_are_chosen_by_use_and_by_flops():
+    rnet, agent = utils.build_model("R8_SYN")
+    policies = torch.tensor([[1, 0, 1]] * 3 + [[1, 0, 0]] * 2 + [[0, 1, 1]]).float()
+    assert rivals.choose("most_used", "R8_SYN", policies, 0, 32).tolist() == [1, 0, 1]
+    flops = utils.count_flops(rnet, policies, agent).mean().item()  # the policy network is a whole ResNet-8
+    assert rivals.choose("equal_flops", "R8_SYN", policies, flops, 32).tolist() == [1, 1, 1]
+    one_block = utils.count_flops(rnet, torch.tensor([[1.0, 0, 0]])).item()
+    assert rivals.choose("equal_flops", "R8_SYN", policies, one_block, 32).tolist() == [1, 0, 0]
+
+
+def test_headroom_is_the_oracle_against_the_best_policy():
+    right = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 0]]).float()
+    found = statistics.headroom(right)
+    assert found["best_one"] == 0.5 and found["oracle"] == 0.75 and 0.5 <= found["chance"] <= 0.75
+    assert "could bring 25.00 points at most" in report.headroom_words({"headroom": found})
+
+
+@pytest.mark.parametrize(
+    ("better_by", "said"),
+    [
+        ({"R8_SYN": (3, 1), "R14_SYN": (1, 1)}, "R14_SYN is the smallest sole ResNet that is as accurate"),
+        ({"R8_SYN": (3, 1)}, "No smaller sole ResNet (R8_SYN) is as accurate"),
+        ({}, "There is no smaller sole ResNet"),
+    ],
+)
+def test_the_verdict_names_the_smallest_as_accurate(better_by, said):
+    numbers = {
+        "rivals": {n: {"finetuned": False, "better_by": b, "seconds": 60} for n, b in better_by.items()},
+        "times": {"1": {name: {"seconds": 1} for name in ("blockdrop", *better_by)}},
+        "large_batch": 1, "training": {"sole": 100, "extra": 50},
+    }  # fmt: skip
+    assert said in report._smaller_words(numbers)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"), [([0, 1, 4], 2), ([0, 1, 1.5], 4), ([2, 3, 4], 0), ([0, 3, 1], 2 / 3)]
+)
+def test_break_even_is_where_the_line_through_the_times_first_reaches_the_sole_resnets(values, expected):
+    of = zip((0, 1, 4, "sole"), (*values, 2), strict=True)
+    times = {name: dict.fromkeys(("seconds", "low", "high"), value) for name, value in of}
+    assert statistics.break_even([0, 1, 4], times) == pytest.approx([expected] * 3)
+
+
+def test_rank_correlation_is_the_correlation_of_ranks():
+    """Ties share their mean rank: here 1.5, 1.5, 3, 4 and 1, 3, 3, 3."""
+    expected = torch.corrcoef(torch.tensor([[1.5, 1.5, 3, 4], [1, 3, 3, 3]]))[0, 1].item()
+    found = statistics.rank_correlation(torch.tensor([-5, -5, 0, 9]), torch.tensor([0.0, 7, 7, 7]))
+    assert found == pytest.approx(expected)
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_fishers_transform():
+    """Of r = 0.5 in 7 pairs: tanh(0.549 ± 1.96 * sqrt(1.125 / 4))."""
+    found = statistics.correlation_interval(torch.arange(7), torch.tensor([0, 1, 3, 6, 5, 4, 2]))
+    assert found == pytest.approx([-0.454, 0.920], abs=0.001)
+
+
+def test_measuring_finds_the_time_of_a_nap_and_keeps_its_budget():
+    naps, start = {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.03)}, time.perf_counter()
+    times = timing.measure(naps, "cpu", seconds=0.2, parts=2)
+    assert time.perf_counter() - start < 0.8
+    for name, least in (("short", 0.005), ("long", 0.015)):
+        assert least <= times[name]["low"] <= times[name]["seconds"] <= times[name]["high"] < 0.1
+        assert times[name]["rounds"] >= 3
+
+
+def test_a_machine_is_known_by_more_than_its_name():
+    here = timing.machine_record("cpu")
+    assert timing.same_machine(here, dict(here), here | {"calibration": 1.1 * here["calibration"]})
+    for other in ({"threads": 99}, {"instructions": "sse"}, {"calibration": 2 * here["calibration"]}):
+        assert not timing.same_machine(here, here | other)
+    assert not timing.same_machine({"name": "AMD EPYC"}, {"name": "AMD EPYC"})  # of older files
+
+
+@pytest.mark.parametrize(
+    ("others", "high", "said"),
+    [(0, 1.0, ""), (99, 1.0, "other programs kept 99"), (0, 2.0, "differ by a factor of 2.0")],
+)
+def test_a_busy_machine_is_said(others, high, said):
+    times = [{"seconds": 1.0, "mean": 1.0, "low": 1.0, "high": high}]
+    words = timing.busy_words(others, torch.device("cpu"), times)
+    assert said in words and bool(said) == ("stop other programs" in words)
