@@ -2,12 +2,12 @@
 
     python tests/benchmarks/deciding.py --model R20_SYN --blocks 2 3 4 2,2,4,4 2,3,4,6
 
-Only the ResNet learns, and no policy network's FLOPs are counted: no policy network can do better with such
-policies. Each item of --blocks is one finetuning, from the weights of the policy trained last. It says how
-many blocks images keep: one number for all images, or several by difficulty, the easiest images first, in
-groups of one size. Kept are the blocks that BlockDrop's policies keep most often. The difficulty of SYN's
-images is known; elsewhere it is how unsure a ResNet-8 is. Printed are figures on the test images in fp32; an
-item that decides is compared with the best policy for all among the items of at most as many FLOPs.
+Only the ResNet learns, and knowing the difficulty costs nothing: no policy network's FLOPs are counted. Each
+item of --blocks is one finetuning, from the weights of the policy trained last. It says how many blocks
+images keep: one number for all images, or several by difficulty, the easiest images first, in groups of one
+size. Kept are the blocks that BlockDrop's policies keep most often. The difficulty of SYN's images is known;
+elsewhere it is how unsure a ResNet-8 is. Printed are figures on the test images in fp32; an item that decides
+is compared with the policy for all whose FLOPs are nearest.
 """
 
 import argparse
@@ -109,10 +109,10 @@ def main() -> None:
         words = f"{item:>9} blocks, {flops / 1e6:5.1f} million FLOPs: {accuracy:.2f} ± {error:.2f} %"
         if len(policies) == 1:
             one_policy[item] = (flops, hits)
-        elif cheaper := {name: its for name, (cost, its) in one_policy.items() if cost <= flops + 1}:
-            best = max(cheaper, key=lambda name: cheaper[name].mean())
-            difference, error = points(hits, cheaper[best])
-            words += f", {difference:+.2f} ± {error:.2f} points against {best} blocks for all"
+        elif one_policy:
+            nearest = min(one_policy, key=lambda name: abs(one_policy[name][0] - flops))
+            difference, error = points(hits, one_policy[nearest][1])
+            words += f", {difference:+.2f} ± {error:.2f} points against {nearest} blocks for all"
         print(words, flush=True)
 
 
