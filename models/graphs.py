@@ -14,13 +14,16 @@ from models.base import run_blocks
 Capture = Callable[[Callable[[], object]], Callable[[], object]]  # returns what does the same again
 
 
+_held = []  # graphs without a use of their own that PyTorch may still look at
+
+
 def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     """Return what replays a function as a CUDA graph; `pool`: the memory it shares with other graphs.
 
     Graphs with a common pool may run one after the other alone.
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
-    stream = torch.cuda.Stream()
+    stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     try:
         with torch.cuda.stream(stream):
@@ -29,14 +32,40 @@ def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     finally:
         torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    try:
+        _capture(graph, function, stream, pool)
+    except BaseException:
+        # Before PyTorch 2.14 random numbers would fail until another capture ends well.
+        _held.append(graph)
+        _capture_nothing(stream)
+        raise
+    return graph.replay
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """Return the stream of a device's captures: with several, each would hold memory of cuBLAS."""
+    stream = torch.cuda.Stream(device)
+    with torch.inference_mode(False):  # PyTorch 2.10 has the first graph decide for all
+        _capture_nothing(stream)
+    return stream
+
+
+def _capture_nothing(stream: torch.cuda.Stream) -> None:
+    _held.append(torch.cuda.CUDAGraph())
+    _capture(_held[-1], lambda: torch.zeros(1, device=stream.device), stream)
+
+
+def _capture(
+    graph: torch.cuda.CUDAGraph, function: Callable, stream: torch.cuda.Stream, pool: tuple | None = None
+) -> None:
     # The outer context: older PyTorch leaves the capture's stream in use where capture fails. The
     # mode: other threads, such as a loader's that pins memory, may go on using CUDA.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+        torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
     ):
         function()
-    return graph.replay
 
 
 def agree(found: object, expected: object, tolerance: float = 0.01) -> bool:
@@ -79,7 +108,8 @@ class Graphs:
     """A `models.inference.Eager` that the host has no part in, captured for one shape of batch."""
 
     def __init__(self, eager, images: Tensor, capture: Capture):
-        policy = torch.ones(len(images), eager.resnet.num_blocks, device=images.device)
+        blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
+        policy = (blocks % 2).float().expand(len(images), -1)  # the others are kept in the comparison
         self.under = Graph(eager.under, images, policy, capture=capture)
         if eager.agent is None:
             self.alone = Graph(eager.alone, images, capture=capture)
@@ -250,6 +280,8 @@ def _key(arg: object) -> object:
 def _move_to_device(optimizers: list[torch.optim.Optimizer], device: torch.device) -> None:
     """Have optimizers read learning rate and step count on the device: a graph would keep the host's."""
     for optimizer in optimizers:
+        optimizer.defaults["fused"] = True  # few kernels for `zero_grad`, too
+        optimizer._warned_capturable_if_run_uncaptured = True  # as the steps that warm up are
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
             group["fused"] = True  # the other implementations have the host read the learning rate
