@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from models.base import run_blocks
 
 Capture = Callable[[Callable[[], object]], Callable[[], object]]  # returns what does the same again
-
-
-_held = []  # graphs without a use of their own that PyTorch may still look at
+_held = []  # graphs that are never replayed, but to which PyTorch's allocator or generator may still refer
 
 
 def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
@@ -35,7 +33,8 @@ def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     try:
         _capture(graph, function, stream, pool)
     except BaseException:
-        # Before PyTorch 2.14 random numbers would fail until another capture ends well.
+        # Before PyTorch 2.14 the failed capture leaves the generator in capture mode, and the next random
+        # number fails. A capture that ends well ends that mode.
         _held.append(graph)
         _capture_nothing(stream)
         raise
@@ -46,7 +45,8 @@ def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
 def _capture_stream(device: int) -> torch.cuda.Stream:
     """Return the stream of a device's captures: with several, each would hold memory of cuBLAS."""
     stream = torch.cuda.Stream(device)
-    with torch.inference_mode(False):  # PyTorch 2.10 has the first graph decide for all
+    # In PyTorch 2.10 after a first capture in inference mode no other would succeed outside it.
+    with torch.inference_mode(False):
         _capture_nothing(stream)
     return stream
 
@@ -109,7 +109,9 @@ class Graphs:
 
     def __init__(self, eager, images: Tensor, capture: Capture):
         blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
-        policy = (blocks % 2).float().expand(len(images), -1)  # the others are kept in the comparison
+        policy = (
+            (blocks % 2).float().expand(len(images), -1)
+        )  # compared under 1 - policy: blocks run there, too
         self.under = Graph(eager.under, images, policy, capture=capture)
         if eager.agent is None:
             self.alone = Graph(eager.alone, images, capture=capture)
@@ -281,7 +283,7 @@ def _move_to_device(optimizers: list[torch.optim.Optimizer], device: torch.devic
     """Have optimizers read learning rate and step count on the device: a graph would keep the host's."""
     for optimizer in optimizers:
         optimizer.defaults["fused"] = True  # few kernels for `zero_grad`, too
-        optimizer._warned_capturable_if_run_uncaptured = True  # as the steps that warm up are
+        optimizer._warned_capturable_if_run_uncaptured = True  # no warning that the warm-up is not captured
         for group in optimizer.param_groups:
             group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
             group["fused"] = True  # the other implementations have the host read the learning rate

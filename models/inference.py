@@ -165,16 +165,16 @@ class Prepared:
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
-        `policy` (N, K): run this one instead. ValueError as above, and for anything but RGB images on the
-        network's device. The one kernel reads a policy on its device without a word to the host: there,
-        values other than 0 and 1 give logits that are not a number.
+        `policy` (N, K): run this one instead. ValueError for another shape or values other than 0 and 1, and
+        for anything but RGB images on the network's device. The one kernel reads a policy on its device
+        without a word to the host: there, other values give logits that are not a number.
         """
         with self._mode():
             x, way, fused = self._way(x)
             if policy is not None:
-                ran = policy if fused else policy.cpu()
-                self.eager.resnet.rnet.check_policy(ran, len(x))
-                logits = way.under(x, ran.to(self.device) if fused else ran)
+                policy = policy if fused else policy.cpu()
+                self.eager.resnet.rnet.check_policy(policy, len(x))
+                logits = way.under(x, policy.to(self.device) if fused else policy)
             elif self.eager.agent is None:
                 return way.alone(x)
             else:
@@ -250,7 +250,7 @@ class Prepared:
         return x, self.ways[x.shape], fused
 
 
-prepare = Prepared
+prepare = Prepared  # the verb that notebooks use; the class is what they get
 
 
 def agreement(network: Prepared, exact: Prepared, batches: Iterable) -> tuple[int, float]:

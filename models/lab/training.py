@@ -295,7 +295,8 @@ def take_average(averaged: AveragedModel, rnet: nn.Module, loader: Loader, preci
     """Give the ResNet the mean of the weights that `averaged` has seen.
 
     Batch norm learns the mean's statistics in one pass of the `loader`; in a block that no image keeps it
-    has those that it had. Stochastic weight averaging: Izmailov et al., UAI 2018.
+    keeps its old ones. The ResNet gets images alone: policies come from a forward pre-hook.
+    Stochastic weight averaging: Izmailov et al., UAI 2018.
     """
     rnet.load_state_dict(averaged.module.state_dict())
     norms = [module for module in rnet.modules() if isinstance(module, nn.BatchNorm2d)]
