@@ -94,7 +94,8 @@ def test_bf16_keeps_the_accuracy(shipped):
 
 
 def test_the_readmes_table_is_that_of_the_reports():
+    """Without the times: whoever runs the inference notebook measures other ones."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in REPORTS]
-    reports.sort(key=lambda report: report["blocks"])
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.readme_table(reports) in readme, "run python -m models.lab.report"
+    for row in report.readme_table(reports).splitlines():
+        assert row.rpartition(" | ")[0] in readme, "run python -m models.lab.report"
