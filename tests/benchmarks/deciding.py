@@ -12,6 +12,7 @@ FLOPs are nearest.
 """
 
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +63,8 @@ def finetune(args: argparse.Namespace, policies: Tensor, known: list[Tensor], de
     rnet.to(device, memory_format=torch.channels_last)
     precision, generator = choose_precision("auto", device), torch.Generator().manual_seed(args.seed)
     images, kept = train.to(device), assigned(policies, known[0]).to(device)
-    steps = -(-len(train) // args.batch_size)
-    optimizer, scheduler = nb.sgd(rnet, args.lr_rnet, args.epochs * steps)
+    steps = args.epochs * math.ceil(len(train) / args.batch_size)
+    optimizer, scheduler = nb.sgd(rnet, args.lr_rnet, steps)
     for _ in range(args.epochs):
         for indices in torch.randperm(len(train), generator=generator).split(args.batch_size):
             inputs, labels = images.read(indices.to(device), generator=generator)
@@ -75,9 +76,8 @@ def finetune(args: argparse.Namespace, policies: Tensor, known: list[Tensor], de
             scheduler.step()
     run, batches = inference.prepare(rnet, device=device), data.Loader(test, 1000, device)
     policies = assigned(policies, known[1]).to(device).split(1000)
-    return torch.cat(
-        [(run(x, p).argmax(1) == y).float().cpu() for (x, y), p in zip(batches, policies, strict=True)]
-    )
+    hits = [run(x, p).argmax(1) == y for (x, y), p in zip(batches, policies, strict=True)]
+    return torch.cat(hits).float().cpu()
 
 
 def main() -> None:
