@@ -109,9 +109,8 @@ class Graphs:
 
     def __init__(self, eager, images: Tensor, capture: Capture):
         blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
-        policy = (
-            (blocks % 2).float().expand(len(images), -1)
-        )  # compared under 1 - policy: blocks run there, too
+        # Compared under 1 - policy: there, too, some blocks run.
+        policy = (blocks % 2).float().expand(len(images), -1)
         self.under = Graph(eager.under, images, policy, capture=capture)
         if eager.agent is None:
             self.alone = Graph(eager.alone, images, capture=capture)
