@@ -47,6 +47,7 @@ def test_policies_are_chosen_by_use_and_by_flops():
     assert rivals.choose("equal_flops", "R8_SYN", policies, flops, 32).tolist() == [1, 1, 1]
     one_block = utils.count_flops(rnet, torch.tensor([[1.0, 0, 0]])).item()
     assert rivals.choose("equal_flops", "R8_SYN", policies, one_block, 32).tolist() == [1, 0, 0]
+    assert rivals.choose("every_block", "R8_SYN", policies, 0, 32).tolist() == [1, 1, 1]
 
 
 def test_headroom_is_the_oracle_against_the_best_policy():
@@ -66,11 +67,15 @@ def test_headroom_is_the_oracle_against_the_best_policy():
 )
 def test_the_verdict_names_the_smallest_as_accurate(better_by, said):
     numbers = {
-        "rivals": {n: {"finetuned": False, "better_by": b, "seconds": 60} for n, b in better_by.items()},
+        "rivals": {
+            n: {"finetuned": False, "better_by": b, "seconds": 60, "same_machine": False}
+            for n, b in better_by.items()
+        },
         "times": {"1": {name: {"seconds": 1} for name in ("blockdrop", *better_by)}},
         "large_batch": 1, "training": {"sole": 100, "extra": 50},
     }  # fmt: skip
-    assert said in report._smaller_words(numbers)
+    words = report._smaller_words(numbers)
+    assert said in words and ("not all on one machine" in words) == ("R14_SYN" in better_by)
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,8 @@ def _smaller_words(numbers: Mapping) -> str:
     words += f"times BlockDrop's speed at batch {' and '.join(sizes)}."
     own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
     if own and sole and extra is not None:
-        words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s."
+        words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s"
+        words += "." if smaller[name]["same_machine"] else ", not all on one machine."
     return words
 
 

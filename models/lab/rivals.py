@@ -4,9 +4,10 @@
 
 trains the second kind. Two policies are made of a pair's: `most_used` is what most held-out images get;
 `equal_flops` keeps the blocks that held-out images keep most often, as many as BlockDrop's FLOPs allow, its
-policy network counted. For each, `blockdrop_training.ipynb` finetunes the ResNet as the pair was finetuned,
-from the same weights, for as many epochs, with a policy network that always gives this policy. The
-pairs go to `cv/one_policy/<kind>/finetuned/<model>/`, where `blockdrop_inference.ipynb` finds them.
+policy network counted. The third, `every_block`, gives the sole ResNet as many epochs as BlockDrop's. For
+each, `blockdrop_training.ipynb` finetunes the ResNet as the pair was finetuned, from the same weights, for as
+many epochs, with a policy network that always gives this policy. The pairs go to
+`cv/one_policy/<kind>/finetuned/<model>/`, where `blockdrop_inference.ipynb` finds them.
 """
 
 import argparse
@@ -31,7 +32,10 @@ from models.resnet import FlatResNet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOK = "blockdrop_training"
-KINDS = {"most_used": "most used policy, finetuned", "equal_flops": "equal FLOPs, finetuned"}
+KINDS = {
+    "most_used": "most used policy, finetuned", "equal_flops": "equal FLOPs, finetuned",
+    "every_block": "every block, finetuned",
+}  # fmt: skip
 CERTAIN = 10.0  # logit of a block that is always kept; dropped: the same, negative
 ALPHA = 1 - 1e-6  # sampled policies are this policy, too
 
@@ -112,6 +116,8 @@ def choose(kind: str, model: str, policies: Tensor, flops: float, image_size: in
         distinct, counts = policies.unique(dim=0, return_counts=True)
         return distinct[counts.argmax()]
     rnet, _ = utils.build_model(model)
+    if kind == "every_block":
+        return torch.ones(rnet.num_blocks)
     policy = torch.zeros(rnet.num_blocks)
     spent = utils.count_flops(rnet, policy[None], None, image_size)
     blocks = utils.count_flops(rnet, torch.eye(rnet.num_blocks), None, image_size) - spent

@@ -120,6 +120,11 @@ def seconds_of(entries: Sequence[Mapping]) -> float | None:
     return None if None in taken else sum(taken)
 
 
+def machines_of(entries: Sequence[Mapping]) -> list[Mapping]:
+    """Return the machines that lineage entries ran on; an empty record for one that is unknown."""
+    return [machine for entry in entries for machine in entry["machine"] or [{}]]
+
+
 def sole_entry(lineage: Sequence[Mapping], model: str) -> Mapping | None:
     """Return the entry of the sole ResNet of this model name; None where the lineage has none."""
     found = [e for e in lineage if e["stage"] == "sole" and e["settings"].get("model") == model]

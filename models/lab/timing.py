@@ -160,7 +160,7 @@ def machine_record(device: torch.device | str) -> dict[str, object]:
 def same_machine(*records: Mapping) -> bool:
     """Tell whether all records are of the same machine; where one is known by its name only, they are not."""
     calibrations = [record.get("calibration") for record in records]
-    if None in calibrations or max(calibrations) >= SAME_CALIBRATION * min(calibrations):
+    if not records or None in calibrations or max(calibrations) >= SAME_CALIBRATION * min(calibrations):
         return False
     first, *others = ({**record, "calibration": None} for record in records)
     return all(other == first for other in others)
