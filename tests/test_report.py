@@ -75,7 +75,7 @@ def test_the_verdict_names_the_smallest_as_accurate(better_by, said):
         "large_batch": 1, "training": {"sole": 100, "extra": 50},
     }  # fmt: skip
     words = report._smaller_words(numbers)
-    assert said in words and ("not all on one machine" in words) == ("R14_SYN" in better_by)
+    assert said in words and ("on different machines" in words) == ("R14_SYN" in better_by)
 
 
 @pytest.mark.parametrize(

@@ -415,7 +415,8 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
     row[0].set_ylabel("accuracy on test images (%)")
     for name in ("sole", "blockdrop", "one_policy"):
         axes.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
-    if any(rival["finetuned"] for report in reports for rival in report["rivals"].values()):
+    finetuned = [rival for report in reports for rival in report["rivals"].values() if rival["finetuned"]]
+    if finetuned or any("one_policy" in run for run in curve):
         axes.plot([], [], "v", color="black", label="one policy, finetuned")
     legend_below(figure, axes, 4)
     return figure

@@ -154,7 +154,7 @@ def rivals_table(numbers: Mapping) -> str:
     sizes = compared(numbers)
     columns = ["rival", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
                *(f"batch {size}: ms per image" for size in sizes),
-               "BlockDrop is better by (points, ± standard error)", "training (s)"]  # fmt: skip
+               "BlockDrop is better by (points, ± standard error)", "training in all (s)"]  # fmt: skip
     rows = [
         [name, f"{100 * found['accuracy']:.2f}", f"{found['blocks']:.0f}", three_digits(found["flops"] / 1e6),
          *(milliseconds(numbers, size, name, False) for size in sizes), POINTS.format(*found["better_by"]),
@@ -237,7 +237,7 @@ def _smaller_words(numbers: Mapping) -> str:
     own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
     if own and sole and extra is not None:
         words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s"
-        words += "." if smaller[name]["same_machine"] else ", not all on one machine."
+        words += "." if smaller[name]["same_machine"] else ", perhaps on different machines."
     return words
 
 
