@@ -29,14 +29,17 @@ def test_what_does_not_compare_is_left_out_and_named(tmp_path, monkeypatch, caps
     rnet, agent = utils.build_model("R32_SYN")
     policy = (torch.arange(15) % 2).float()
     rivals.always(agent, policy)
-    path = tmp_path / "one_policy" / "equal_flops" / "finetuned" / "R32_SYN" / "ckpt_1.t7"
-    save_checkpoint(path, {"resnet": rnet.state_dict(), "agent": agent.state_dict()})
-    found = rivals.find_rivals("R32_SYN", alone, tmp_path)
+    weights, folder = {"resnet": rnet.state_dict(), "agent": agent.state_dict()}, tmp_path / "one_policy"
+    for kind, lineage in (("most_used", [entry("stochastic depth", 1.0, "R32_SYN")]), ("equal_flops", [])):
+        path = folder / kind / "finetuned" / "R32_SYN" / "ckpt_1.t7"
+        save_checkpoint(path, weights | {"lineage": lineage})
+    found = rivals.find_rivals("R32_SYN", stages.load(path), alone, tmp_path)
     assert list(found) == ["R8_SYN", "equal FLOPs, finetuned"]
     assert found["R8_SYN"].policy is None and torch.equal(found["equal FLOPs, finetuned"].policy, policy)
     assert torch.equal((agent.eval()(torch.rand(2, 3, 32, 32))[0] >= 0.5).float(), policy.expand(2, -1))
     said = capsys.readouterr().out.splitlines()
     assert "R14_SYN/pk_E_1_A_0.100.t7 was trained on other images" in said[0] and str(damaged) in said[1]
+    assert "most_used/finetuned/R32_SYN/ckpt_1.t7 started from other weights" in said[2] and len(said) == 3
 
 
 def test_policies_are_chosen_by_use_and_by_flops():

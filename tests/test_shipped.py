@@ -56,7 +56,8 @@ def test_shipped_weights_give_the_reports_numbers(shipped):
     few = 5 / len(logits)  # a tie may fall differently on another machine
     for name, expected in found["networks"].items():
         assert accuracy(scores[name], loader) == pytest.approx(expected["accuracy"], abs=few)
-    rivals = find_rivals(found["model"], alone, ROOT / "cv")
+    pair = stages.load(ROOT / found["checkpoint"])
+    rivals = find_rivals(found["model"], pair, alone, ROOT / "cv")
     assert rivals.keys() == found["rivals"].keys()
     for name, rival in rivals.items():
         its_loader = load_test_images(rival.model)
@@ -66,7 +67,7 @@ def test_shipped_weights_give_the_reports_numbers(shipped):
     assert policies.sum(1).mean().item() == pytest.approx(expected["blocks"], abs=0.02)
     assert len(policies.unique(dim=0)) == pytest.approx(expected["policies"], abs=2)
     assert flops == pytest.approx(expected["flops"], rel=0.002)
-    origin = stages.sole_entry(stages.load(ROOT / found["checkpoint"]).lineage, found["model"])
+    origin = stages.sole_entry(pair.lineage, found["model"])
     assert origin["weights"] == fingerprint(sole)
 
 

@@ -49,11 +49,11 @@ class Rival(NamedTuple):
     policy: Tensor | None  # (K,), the one for all images; None: a sole ResNet, every block kept
 
 
-def find_rivals(model: str, alone: stages.Stage, cv_dir: str | Path) -> dict[str, Rival]:
+def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str | Path) -> dict[str, Rival]:
     """Return the rivals in `cv_dir` and among those that ship, by name: sole ResNets by depth, then policies.
 
-    `alone`: the sole ResNet. Left out, and named, are files that can't be read, and networks that were
-    trained on other images or, for one policy, from another sole ResNet.
+    Left out, and named, are files that can't be read, networks that saw other images than the sole ResNet,
+    `alone`, and policies whose ResNet did not start where the pair's did.
     """
     name, other = parse_model(model), stages.sole_entry(alone.lineage, model)
     depths = range(8, name.depth, 6) if name.dataset != "ImgNet" else ()
@@ -71,17 +71,20 @@ def find_rivals(model: str, alone: stages.Stage, cv_dir: str | Path) -> dict[str
             print(f"Left out: {error}")
             continue
         own = stages.sole_entry(stage.lineage, its_model)
-        if own and other and _origin(own, its_model == model) != _origin(other, its_model == model):
-            print(f"Left out: {path} was trained on other images, or from other weights, than {alone.path}")
-            continue
-        rivals[label] = Rival(its_model, stage, rnet, policy_of(agent) if its_model == model else None)
+        before = [entry for entry in stage.lineage if entry["stage"] != "finetuning"]
+        if its_model == model and any(entry not in pair.lineage for entry in before):
+            print(f"Left out: {path} started from other weights than {pair.path}")
+        elif own and other and _images_of(own) != _images_of(other):
+            print(f"Left out: {path} was trained on other images than {alone.path}")
+        else:
+            policy = policy_of(agent) if its_model == model else None
+            rivals[label] = Rival(its_model, stage, rnet, policy)
     return rivals
 
 
-def _origin(entry: Mapping, with_weights: bool) -> tuple:
-    """Return which images a training has seen (older files name the held-out share), and its weights."""
-    settings, weights = entry["settings"], entry["weights"] if with_weights else None
-    return settings.get("max_images"), settings.get("holdout", data.HOLDOUT), weights
+def _images_of(entry: Mapping) -> tuple:
+    """Return which images a training has seen; older files name the held-out share."""
+    return entry["settings"].get("max_images"), entry["settings"].get("holdout", data.HOLDOUT)
 
 
 def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: Path) -> Path:
