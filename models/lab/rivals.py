@@ -118,9 +118,9 @@ def choose(kind: str, model: str, policies: Tensor, flops: float, image_size: in
     if kind == "most_used":
         distinct, counts = policies.unique(dim=0, return_counts=True)
         return distinct[counts.argmax()]
-    rnet, _ = utils.build_model(model)
     if kind == "every_block":
-        return torch.ones(rnet.num_blocks)
+        return torch.ones_like(policies[0])
+    rnet, _ = utils.build_model(model)
     policy = torch.zeros(rnet.num_blocks)
     spent = utils.count_flops(rnet, policy[None], None, image_size)
     blocks = utils.count_flops(rnet, torch.eye(rnet.num_blocks), None, image_size) - spent
