@@ -1,6 +1,8 @@
 """The ResNet in one kernel gives what its blocks give: on a GPU, or without one in Triton's interpreter."""
 
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ import utils
 from models.inference import Eager, fold
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
-from models.fused import PROGRAMS, FusedResNet
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from models.fused import PROGRAMS, SCRATCH, WARPS, FusedResNet, _resnet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -83,3 +89,30 @@ def test_what_cant_be_run_is_said():
     ):
         with pytest.raises(ValueError, match=message):
             fused(*given)
+
+
+def compiled_for_h100():
+    """Return the kernel's bytes of shared memory per program, and its code, as compiled for an H100."""
+    constants, types = {"SIZE": SCRATCH, "ALL": False}, {}
+    for name in _resnet.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name == "scratch" or "weight" in name:
+            types[name] = "*fp16"
+        else:
+            is_pointer = name in ("images", "policy", "features") or "bias" in name
+            types[name] = "*fp32" if is_pointer else "i32"
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
+    source = ASTSource(_resnet, types, constants, aligned)
+    options = {"num_warps": WARPS, "num_stages": 1}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compiled.metadata.shared, compiled.asm["ptx"]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, the other tests compile for it")
+def test_it_compiles_for_a_gpu_that_is_not_here(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        shared, code = process.submit(compiled_for_h100).result()
+    assert PROGRAMS * (shared + 1024) <= 228 * 1024  # of a multiprocessor; it keeps 1 KiB per program
+    assert "wgmma" in code  # on tensor cores
