@@ -1,5 +1,6 @@
 """What reports are made of: rivals and what is said of them, statistics, times, machines."""
 
+import itertools
 import time
 
 import pytest
@@ -110,6 +111,19 @@ def test_measuring_finds_the_time_of_a_nap_and_keeps_its_budget():
     for name, least in (("short", 0.005), ("long", 0.015)):
         assert least <= times[name]["low"] <= times[name]["seconds"] <= times[name]["high"] < 0.1
         assert times[name]["rounds"] >= 3
+
+
+@pytest.mark.parametrize(("later", "rounds"), [([1.0], 10), ([1.0, 1.05], 24), ([1.0, 2.0], 68)])
+def test_rounds_end_once_the_medians_are_known(later, rounds, monkeypatch):
+    """By a clock of our own: 10 rounds where all take the same, at most what the budget allows."""
+    seconds, now = itertools.chain([9.0], itertools.cycle(later)), 0.0
+
+    def work():
+        nonlocal now
+        now += next(seconds)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    assert timing.measure({"work": work}, "cpu", seconds=100)["work"]["rounds"] == rounds
 
 
 def test_a_machine_is_known_by_more_than_its_name():
