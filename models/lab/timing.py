@@ -17,7 +17,7 @@ from models.inference import Prepared
 from models.lab.device import device_name, synchronize
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
-ENOUGH_ROUNDS, ENOUGH = 10, 0.01  # rounds end early once every median is known to 1 %
+EARLIEST_END, KNOWN_TO = 10, 0.01  # rounds, and share of the median: measuring may end early
 CALIBRATION_ROUNDS = 50
 WATCHED_SECONDS = 0.5
 SAME_CALIBRATION = 1.25  # two calibrations of a machine differ by less than this factor
@@ -46,7 +46,7 @@ def measure(
             end = time.perf_counter() + seconds * len(functions)
         if number > FEWEST_ROUNDS and time.perf_counter() > end:
             break
-        if number > ENOUGH_ROUNDS and all(_is_known(taken) for _, *taken in times.values()):
+        if number > EARLIEST_END and all(_is_known(taken) for _, *taken in times.values()):
             break
         for name in order:
             synchronize(device)
@@ -66,7 +66,7 @@ def measure(
 def _is_known(taken: Sequence[float]) -> bool:
     """Tell whether the rounds' times lie so close together that more of them would move the median little."""
     low, median, high = np.quantile(taken, (0.25, 0.5, 0.75))
-    return high - low <= ENOUGH * median * math.sqrt(len(taken))
+    return high - low <= KNOWN_TO * median * math.sqrt(len(taken))
 
 
 def rounds_of(
