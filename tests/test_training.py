@@ -63,6 +63,18 @@ def test_a_state_of_a_captured_step_on_cuda_goes_on_on_the_cpu(tmp_path):
         save_checkpoint(tmp_path / "last.t7", state)
 
 
+def test_an_epoch_whose_end_was_interrupted_is_trained_again(tmp_path, monkeypatch):
+    network = torch.nn.Linear(1, 1)
+    before = network.weight.item()
+    training = Training("sole", tmp_path, {"seed": 1}, {"resnet": network}, {}, 2, LINE)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training, "_state", Mock(side_effect=KeyboardInterrupt))
+        next(iter(training))
+        network.weight.data += 1
+        training.end_epoch(loss=0.0)
+    assert next(iter(training)) == 0 and training.history == [] and network.weight.item() == before
+
+
 def test_a_finished_run_of_other_settings_is_replaced_once_it_is_saved(tmp_path, capsys):
     _, training = train(tmp_path)
     with pytest.raises(ValueError, match=r"finished but unsaved run of other settings \(seed 5 -> 6\)"):

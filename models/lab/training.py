@@ -15,8 +15,13 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
-from models.lab import checkpoints
-from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint, save_checkpoint
+from models.lab.checkpoints import (
+    CheckpointError,
+    fingerprint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from models.lab.data import Loader, share_of
 from models.lab.device import autocast, mixed, seed_everything
 from models.lab.distributed import average_statistics, num_processes, rank, total
@@ -90,7 +95,7 @@ class Training:
             print(f"{stage.capitalize()} is skipped: {taken} is taken")
         elif resume and self.last.is_file():
             self._resume()
-        self._keep()
+        self.kept = self._state()
 
     def _resume(self) -> None:
         state = read_checkpoint(self.last)
@@ -114,7 +119,7 @@ class Training:
         if changed:
             print(f"Settings changed since the last run ({changed}): starting afresh")
             return
-        checkpoints.load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
+        load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.entry = history, entry
         for name, part in parts.items():
             self.progress[name].load_state_dict(part)
@@ -131,10 +136,10 @@ class Training:
     def _words(self, row: Mapping) -> str:
         return f"Epoch: {row['epoch']} - {self.line.format(**row)}"
 
-    def _keep(self) -> None:
-        """Keep a copy of what the next epoch starts from, to go on from there if it is interrupted."""
+    def _state(self) -> dict[str, dict]:
+        """Return a copy of what the next epoch starts from, to go on from there if it is interrupted."""
         parts = (self.networks | self.progress).items()
-        self.kept = copy.deepcopy({name: part.state_dict() for name, part in parts})
+        return copy.deepcopy({name: part.state_dict() for name, part in parts})
 
     def _is_saved(self, history: list[dict]) -> bool:
         """Tell whether a final checkpoint of the run with this history lies in the folder."""
@@ -193,7 +198,7 @@ class Training:
                 print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
         return lock
 
-    def batches(self, loader: Loader, losses: Sequence[Tensor] = ()) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, loader: Loader, losses: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the loader's batches, in this epoch's order; the progress bar moves along.
 
         `losses`: the list that the loop fills. RuntimeError soon after one that is not finite.
@@ -229,12 +234,13 @@ class Training:
                 if not value.isfinite().all():
                     problem = f"the {name}'s {key} is not finite after epoch {self.epoch}"
                     raise RuntimeError(f"{problem}: lower the learning rate")
-        self.entry["seconds"] += time.perf_counter() - self.started
+        seconds = self.entry["seconds"] + time.perf_counter() - self.started
         here = machine_record(self.device) | ({"processes": num_processes()} if num_processes() > 1 else {})
         if not any(same_machine(here, known) for known in self.entry["machine"]):
             self.entry["machine"].append(here)
-        self.history.append({"epoch": self.epoch, **figures, "seconds": self.entry["seconds"]})
-        self._keep()
+        history = [*self.history, {"epoch": self.epoch, **figures, "seconds": seconds}]
+        # Not before the copy is complete: interrupted in it, the epoch is trained again.
+        self.kept, self.history, self.entry["seconds"] = self._state(), history, seconds
         save_checkpoint(self.last, self.kept | self._record())
         for name, value in figures.items():
             if isinstance(value, Sequence):
