@@ -79,7 +79,7 @@ def test_settings_are_read_as_they_are_meant(setting, given, meant):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_a_recipe_loads_and_taking_it_replaces_the_settings(path, capsys):
     recipe = settings.read_recipe(path.stem, path.parent.name)
-    taken = read(path.stem, model=path.parent.name, recipe=True)
+    taken = read(path.stem, model=path.parent.name, recipe="True")  # as a command line gives it
     assert {name: taken[name] for name in recipe} == recipe and taken["model"] == recipe["model"]
     assert capsys.readouterr().out == "" and path.read_text(encoding="utf-8").startswith("# ")
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+ROOT = Path(__file__).resolve().parents[2]  # of the repository
+
 
 @contextlib.contextmanager
 def explained(path: str | os.PathLike) -> Iterator[None]:

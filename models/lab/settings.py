@@ -4,16 +4,17 @@ import ast
 import difflib
 import math
 import types
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
 
+from models.lab.files import ROOT
 from models.lab.names import parse_model
 
-RECIPES = Path(__file__).resolve().parent.parent.parent / "results" / "recipes"
+RECIPES = ROOT / "results" / "recipes"
 
 
 class Rule(NamedTuple):
@@ -86,6 +87,7 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     the first wrong setting, and for names that are no settings of the notebook.
     """
     names = names_of(notebook)
+    takes_recipe = "recipe" in names and as_meant("recipe", namespace["recipe"])
     # On the first call nothing but settings and imports has been defined: a further name was misspelled.
     if not namespace.get("_settings_read"):
         defined = [n for n, v in namespace.items() if not (callable(v) or isinstance(v, types.ModuleType))]
@@ -94,11 +96,11 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     parse_model(model)
     recipe = read_recipe(notebook, model) if "recipe" in names else {}
     if recipe is None:
-        if namespace["recipe"] is True:
+        if takes_recipe:
             raise ValueError(f"{model} has no recipe in results/recipes/: set recipe = False")
         print(f"{model} has no recipe in results/recipes/: these settings were not tuned for it")
         recipe = {}
-    if namespace.get("recipe") is True:
+    if takes_recipe:
         namespace.update(recipe)
     for name in names:
         namespace[name] = as_meant(name, namespace[name])
@@ -110,7 +112,7 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     namespace["_settings_read"] = True
 
 
-def refuse_unknown(given: Iterable[str], names: Iterable[str]) -> None:
+def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
     """Raise ValueError for the first given name that is not among `names`, with the nearest one."""
     for name in given:
         if name not in names:
