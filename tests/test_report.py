@@ -31,27 +31,30 @@ def test_what_does_not_compare_is_left_out_and_named(tmp_path, monkeypatch, caps
     policy = (torch.arange(15) % 2).float()
     rivals.always(agent, policy)
     weights, folder = {"resnet": rnet.state_dict(), "agent": agent.state_dict()}, tmp_path / "one_policy"
-    for kind, lineage in (("most_used", [entry("stochastic depth", 1.0, "R32_SYN")]), ("equal_flops", [])):
+    stages_before = {"most_used": ["stochastic depth"], "every_block": ["finetuning"], "equal_flops": []}
+    for kind, names in stages_before.items():
         path = folder / kind / "finetuned" / "R32_SYN" / "ckpt_1.t7"
-        save_checkpoint(path, weights | {"lineage": lineage})
+        save_checkpoint(path, weights | {"lineage": [entry(name, 1.0, "R32_SYN") for name in names]})
     found = rivals.find_rivals("R32_SYN", stages.load(path), alone, tmp_path)
     assert list(found) == ["R8_SYN", "equal FLOPs, finetuned"]
     assert found["R8_SYN"].policy is None and torch.equal(found["equal FLOPs, finetuned"].policy, policy)
     assert torch.equal((agent.eval()(torch.rand(2, 3, 32, 32))[0] >= 0.5).float(), policy.expand(2, -1))
     said = capsys.readouterr().out.splitlines()
     assert "R14_SYN/pk_E_1_A_0.100.t7 was trained on other images" in said[0] and str(damaged) in said[1]
-    assert "most_used/finetuned/R32_SYN/ckpt_1.t7 started from other weights" in said[2] and len(said) == 3
+    assert "most_used/finetuned/R32_SYN/ckpt_1.t7 started from other weights" in said[2]
+    assert "every_block/finetuned/R32_SYN/ckpt_1.t7 was finetuned with other settings" in said[3]
+    assert len(said) == 4
 
 
 def test_policies_are_chosen_by_use_and_by_flops():
     rnet, agent = utils.build_model("R8_SYN")
     policies = torch.tensor([[1, 0, 1]] * 3 + [[1, 0, 0]] * 2 + [[0, 1, 1]]).float()
-    assert rivals.choose("most_used", "R8_SYN", policies, 0, 32).tolist() == [1, 0, 1]
+    assert rivals.choose("most_used", "R8_SYN", policies, 0).tolist() == [1, 0, 1]
     flops = utils.count_flops(rnet, policies, agent).mean().item()  # the policy network is a whole ResNet-8
-    assert rivals.choose("equal_flops", "R8_SYN", policies, flops, 32).tolist() == [1, 1, 1]
+    assert rivals.choose("equal_flops", "R8_SYN", policies, flops).tolist() == [1, 1, 1]
     one_block = utils.count_flops(rnet, torch.tensor([[1.0, 0, 0]])).item()
-    assert rivals.choose("equal_flops", "R8_SYN", policies, one_block, 32).tolist() == [1, 0, 0]
-    assert rivals.choose("every_block", "R8_SYN", policies, 0, 32).tolist() == [1, 1, 1]
+    assert rivals.choose("equal_flops", "R8_SYN", policies, one_block).tolist() == [1, 0, 0]
+    assert rivals.choose("every_block", "R8_SYN", policies, 0).tolist() == [1, 1, 1]
 
 
 def test_headroom_is_the_oracle_against_the_best_policy():

@@ -17,10 +17,9 @@ from torch import Tensor
 
 from models.lab import plots
 from models.lab.device import choose_precision
-from models.lab.files import explained, written_whole
+from models.lab.files import ROOT, explained, written_whole
 from models.lab.statistics import standard_error
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 CHANCE_FACTOR = 1.5  # a network below so many times the chance level has not learned
 POINTS = "{:+.2f} ± {:.2f}"
 
@@ -29,7 +28,7 @@ class Report:
     """Files of one model on one device in `folder`, named `<model>_<device>…`; None: nothing is written.
 
     The names hold a precision other than "auto" gives, and `max_images` where it is set: a quick look does
-    not replace the report of all images.
+    not replace the report of all images. RuntimeError where the folder can't be written to.
     """
 
     def __init__(
@@ -40,7 +39,6 @@ class Report:
         precision: str,
         max_images: int | None,
     ):
-        """RuntimeError where the folder can't be written to."""
         self.folder = None if folder is None else Path(folder)
         usual = choose_precision("auto", torch.device(device), training=False)
         unusual = [precision] if precision != usual else []
@@ -52,7 +50,7 @@ class Report:
                 tempfile.TemporaryFile(dir=self.folder).close()
 
     def picture(self, name: str, figure: Figure | None) -> None:
-        """Write a figure, if any, as SVG, letters as letters, and as PNG; show it. RuntimeError as above."""
+        """Write a figure, if any, as SVG, letters as letters, and as PNG; show it."""
         if figure is not None and self.folder is not None:
             path = self.folder / f"{self.name}_{name}"
             with explained(path):
@@ -61,7 +59,7 @@ class Report:
         plt.show()
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
-        """Write numbers as JSON, nan as null, a text as Markdown; return the files. RuntimeError as above."""
+        """Write numbers as JSON, nan as null, a text as Markdown; return the files."""
         if self.folder is None:
             return []
         plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
@@ -171,7 +169,7 @@ def headroom_words(numbers: Mapping) -> str:
     return (
         f"Of {found['policies']} learned policies the best one is right on {percent['best_one']} of the "
         f"held-out images, an oracle on {percent['oracle']}. Deciding among them could bring "
-        f"{100 * (found['oracle'] - found['best_one']):.2f} points at most; with errors on unrelated images, "
+        f"{100 * (found['oracle'] - found['best_one']):.2f} points at most; if errors were unrelated, "
         f"{100 * (found['chance'] - found['best_one']):.2f}."
     )
 
@@ -202,7 +200,7 @@ def verdict(numbers: Mapping) -> str:
         said.append("The training was not timed on this machine: break-even in images is unknown.")
     said.append(
         f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}; "
-        f"deciding per image adds {POINTS.format(*numbers['better_than_one_policy'])} points."
+        f"BlockDrop is better by {POINTS.format(*numbers['better_than_one_policy'])} points."
     )
     said += [_own_policy_words(numbers), _smaller_words(numbers)]
     if not numbers["like_for_like"]:
@@ -212,10 +210,10 @@ def verdict(numbers: Mapping) -> str:
 
 
 def _own_policy_words(numbers: Mapping) -> str:
-    """Say what deciding adds where the ResNet was finetuned for one policy alone."""
+    """Say what BlockDrop adds to a ResNet that was finetuned for one policy alone."""
     added = [f"{POINTS.format(*found['better_by'])} points ({name})"
              for name, found in numbers["rivals"].items() if found["finetuned"]]  # fmt: skip
-    finetuned = "With the ResNet finetuned for one policy alone, deciding per image adds"
+    finetuned = "With the ResNet finetuned for one policy alone, BlockDrop is better by"
     return f"{finetuned} {', '.join(added)}." if added else ""
 
 
@@ -225,14 +223,13 @@ def _smaller_words(numbers: Mapping) -> str:
     if not smaller:
         return "There is no smaller sole ResNet to compare with."
     as_accurate = [n for n, found in smaller.items() if found["better_by"][0] <= 2 * found["better_by"][1]]
+    accurate = "as accurate as BlockDrop within two standard errors"
     if not as_accurate:
-        return f"No smaller sole ResNet ({', '.join(smaller)}) is as accurate within two standard errors."
+        return f"No smaller sole ResNet ({', '.join(smaller)}) is {accurate}."
     name, sizes = as_accurate[0], compared(numbers)
     times = [numbers["times"][size] for size in sizes]
     speeds = " and ".join(f"{t['blockdrop']['seconds'] / t[name]['seconds']:.2f}" for t in times)
-    words = (
-        f"{name} is the smallest sole ResNet that is as accurate within two standard errors. It has {speeds} "
-    )
+    words = f"{name} is the smallest sole ResNet that is {accurate}. It has {speeds} "
     words += f"times BlockDrop's speed at batch {' and '.join(sizes)}."
     own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
     if own and sole and extra is not None:

@@ -25,12 +25,12 @@ from models import inference
 from models.lab import data, stages
 from models.lab.checkpoints import CheckpointError, newest_checkpoint, save_checkpoint
 from models.lab.device import choose_device
+from models.lab.files import ROOT
 from models.lab.names import parse_model
 from models.lab.settings import names_of
 from models.policy import Policy, greedy_policy
 from models.resnet import FlatResNet
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 NOTEBOOK = "blockdrop_training"
 KINDS = {
     "most_used": "most used policy, finetuned", "equal_flops": "equal FLOPs, finetuned",
@@ -41,7 +41,7 @@ ALPHA = 1 - 1e-6  # sampled policies are this policy, too
 
 
 class Rival(NamedTuple):
-    """A network that BlockDrop is held against."""
+    """A network that BlockDrop is compared with."""
 
     model: str
     stage: stages.Stage
@@ -53,7 +53,7 @@ def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str
     """Return the rivals in `cv_dir` and among those that ship, by name: sole ResNets by depth, then policies.
 
     Left out, and named, are files that can't be read, networks that saw other images than the sole ResNet,
-    `alone`, and policies whose ResNet did not start where the pair's did.
+    `alone`, and policies whose ResNet was not finetuned as the pair's was, from the same weights.
     """
     name, other = parse_model(model), stages.sole_entry(alone.lineage, model)
     depths = range(8, name.depth, 6) if name.dataset != "ImgNet" else ()
@@ -74,6 +74,8 @@ def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str
         before = [entry for entry in stage.lineage if entry["stage"] != "finetuning"]
         if its_model == model and any(entry not in pair.lineage for entry in before):
             print(f"Left out: {path} started from other weights than {pair.path}")
+        elif its_model == model and _finetunings(stage) != _finetunings(pair):
+            print(f"Left out: {path} was finetuned with other settings than {pair.path}")
         elif own and other and _images_of(own) != _images_of(other):
             print(f"Left out: {path} was trained on other images than {alone.path}")
         else:
@@ -85,6 +87,13 @@ def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str
 def _images_of(entry: Mapping) -> tuple:
     """Return which images a training has seen; older files name the held-out share."""
     return entry["settings"].get("max_images"), entry["settings"].get("holdout", data.HOLDOUT)
+
+
+def _finetunings(stage: stages.Stage) -> list[dict]:
+    """Return the settings of each finetuning, but for those that a single policy needs otherwise."""
+    settings = [entry["settings"] for entry in stage.lineage if entry["stage"] == "finetuning"]
+    own = ("lr_policy", "alpha", "starting weights")
+    return [{name: value for name, value in each.items() if name not in own} for each in settings]
 
 
 def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: Path) -> Path:
@@ -101,19 +110,19 @@ def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: 
     return newest_checkpoint(out / "finetuned" / model, "ckpt_")
 
 
-def heldout_policies(model: str, pair: stages.Stage, data_dir: str) -> tuple[Tensor, float]:
+def heldout_policies(model: str, pair_path: Path, data_dir: str) -> tuple[Tensor, float]:
     """Return a pair's policies (N, K) on held-out images, and its mean FLOPs per image there."""
     rnet, agent = utils.build_model(model)
-    stages.load(pair.path, rnet, agent)
+    pair = stages.load(pair_path, rnet, agent)
     _, heldout, _ = data.split(model, data_dir, pair.lineage[-1]["settings"].get("max_images"))
     device = choose_device()
     blockdrop = inference.prepare(rnet, agent, device=device)
     loader = data.Loader(heldout, data.test_batch_size(model), device)
     policies = torch.cat([blockdrop.decide(images).cpu() for images, _ in loader])
-    return policies, utils.count_flops(rnet, policies, agent, loader.image_size).mean().item()
+    return policies, utils.count_flops(rnet, policies, agent).mean().item()
 
 
-def choose(kind: str, model: str, policies: Tensor, flops: float, image_size: int) -> Tensor:
+def choose(kind: str, model: str, policies: Tensor, flops: float) -> Tensor:
     """Return the policy (K,) of a kind, given BlockDrop's policies (N, K) and its mean FLOPs per image."""
     if kind == "most_used":
         distinct, counts = policies.unique(dim=0, return_counts=True)
@@ -122,8 +131,8 @@ def choose(kind: str, model: str, policies: Tensor, flops: float, image_size: in
         return torch.ones_like(policies[0])
     rnet, _ = utils.build_model(model)
     policy = torch.zeros(rnet.num_blocks)
-    spent = utils.count_flops(rnet, policy[None], None, image_size)
-    blocks = utils.count_flops(rnet, torch.eye(rnet.num_blocks), None, image_size) - spent
+    spent = utils.count_flops(rnet, policy[None])
+    blocks = utils.count_flops(rnet, torch.eye(rnet.num_blocks)) - spent
     for block in policies.mean(0).argsort(descending=True, stable=True):
         if spent + blocks[block] <= flops:
             policy[block] = 1
@@ -156,8 +165,8 @@ def finetune(model: str, pair_path: Path, kind: str, cv_dir: Path, data_dir: str
     start = stages.load(stages.find(cv_dir, "trained_policy", model, hint), rnet, agent)
     if not entries or start.lineage[-1:] != pair.lineage[-len(entries) - 1 : -len(entries)]:
         raise ValueError(f"{pair_path} does not say that it was finetuned from {start.path}")
-    policies, flops = heldout_policies(model, pair, data_dir)
-    policy = choose(kind, model, policies, flops, parse_model(model).image_size)
+    policies, flops = heldout_policies(model, pair_path, data_dir)
+    policy = choose(kind, model, policies, flops)
     always(agent, policy)
     lineage = [
         e for e in start.lineage if e["settings"].get("model") == model and e["stage"] != "policy training"

@@ -17,10 +17,11 @@ from models.lab.checkpoints import (
     split,
 )
 from models.lab.distributed import first_goes_first
+from models.lab.files import ROOT
 from models.lab.names import parse_model
 from models.resnet import FlatResNet
 
-SHIPPED = Path(__file__).resolve().parent.parent.parent / "cv"
+SHIPPED = ROOT / "cv"
 
 
 class Stage(NamedTuple):
@@ -88,8 +89,9 @@ def starting_point(
     print("Training starts from", start.path or "torchvision's weights")
     if "agent" not in start.holds:
         print("The policy network's layers start from", features.path if features else "new weights")
-    if any(entry["settings"].get("max_images") != max_images for entry in start.lineage):
-        print(f"{start.path} was trained with another max_images: it may have seen images held out now")
+    for stage in [start, features] if features else [start]:
+        if any(entry["settings"].get("max_images") != max_images for entry in stage.lineage):
+            print(f"{stage.path} was trained with another max_images: it may have seen images held out now")
     return start, features
 
 
@@ -104,11 +106,11 @@ def costs(lineage: Sequence[Mapping], model: str) -> dict[str, float | None]:
 
     None where some are unknown, 0 for finetuning that was skipped.
     """
-    sole = [entry for entry in lineage if entry is sole_entry(lineage, model)]
+    sole = sole_entry(lineage, model)
     finetuning = [entry for entry in lineage if entry["stage"] == "finetuning"]
-    policy = [entry for entry in lineage if entry not in sole and entry not in finetuning]
+    policy = [entry for entry in lineage if entry != sole and entry not in finetuning]
     return {
-        "sole": seconds_of(sole) if sole else None,
+        "sole": sole["seconds"] if sole else None,
         "policy training": seconds_of(policy) if policy else None,
         "finetuning": seconds_of(finetuning),
     }
@@ -134,7 +136,7 @@ def sole_entry(lineage: Sequence[Mapping], model: str) -> Mapping | None:
 def find(cv_dir: str | os.PathLike, stage: str, model: str, hint: str | None = None) -> Path | None:
     """Return the newest checkpoint of a stage's folder in `cv_dir`, else in `cv/`, whose weights ship.
 
-    None without one, or with a `hint`, what to do about it, FileNotFoundError.
+    Without one: None, or FileNotFoundError that ends in the `hint`, which says what to do.
     """
     prefix = "pk_" if stage in ("trained_rnet", "stochastic_depth") else "ckpt_"
     found = newest_checkpoint(Path(cv_dir, stage, model), prefix)
@@ -159,7 +161,7 @@ def load_sole(model: str, rnet: FlatResNet, cv_dir: str | os.PathLike = "cv") ->
 
 
 def torchvision_weights(architecture: str) -> Mapping[str, Tensor]:
-    """Fetch torchvision's first ImageNet weights, as the original used, of e.g. `ResNet101`."""
+    """Fetch torchvision's weights IMAGENET1K_V1, the original's, of an architecture such as `ResNet101`."""
     weights = torchvision.models.get_model_weights(architecture.lower()).IMAGENET1K_V1
     kept = Path(torch.hub.get_dir(), "checkpoints", weights.url.rsplit("/", 1)[-1])
     try:

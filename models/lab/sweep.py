@@ -16,8 +16,7 @@ from pathlib import Path
 import utils
 from models.lab import rivals, stages
 from models.lab.checkpoints import read_checkpoint
-from models.lab.files import written_whole
-from models.lab.names import parse_model
+from models.lab.files import ROOT, written_whole
 from models.lab.settings import as_meant, names_of, refuse_unknown
 
 OWN = ("model", "start_from", "max_epochs_training", "penalty", "cv_dir")  # settings that a sweep makes
@@ -44,21 +43,21 @@ def sweep(
     if settings.get("max_epochs_finetuning") == 0:
         raise ValueError("max_epochs_finetuning is 0: a sweep needs 1 or more")
     cv_dir, results_dir = Path(cv_dir).expanduser(), Path(results_dir).expanduser()
-    data_dir = str(rivals.ROOT / settings.get("data_dir", "data"))  # as the notebook, which runs there
+    data_dir = str(ROOT / settings.get("data_dir", "data"))  # as the notebook, which runs there
     policy = stages.find(cv_dir, "trained_policy", model, f"train a policy of {model} first")
     given = settings | {"start_from": str(policy.resolve()), "max_epochs_training": 0}
     runs = []
     for penalty in penalties:
         folders = [cv_dir / "penalties" / f"{penalty:g}{ending}" for ending in ("", "_one_policy")]
         pair = rivals.run_training(model, given | {"penalty": penalty}, folders[0], cv_dir)
-        _, flops = rivals.heldout_policies(model, stages.load(pair), data_dir)
+        _, flops = rivals.heldout_policies(model, pair, data_dir)
         runs.append({"penalty": penalty, **figures_of(pair), "flops": flops})
         if with_rivals:
             file = rivals.finetune(model, pair, "equal_flops", cv_dir, data_dir, folders[1])
             rnet, agent = utils.build_model(model)
             stages.load(file, rnet, agent)
             one = rivals.policy_of(agent)[None]
-            flops = utils.count_flops(rnet, one, None, parse_model(model).image_size).item()
+            flops = utils.count_flops(rnet, one).item()
             runs[-1]["one_policy"] = figures_of(file) | {"flops": flops}
     path = results_dir / "penalties" / f"{model}.json"
     with written_whole(path) as file:
@@ -68,9 +67,10 @@ def sweep(
 
 def figures_of(checkpoint: Path) -> dict[str, object]:
     """Return what a finetuned pair reached, held out in its last epoch and in the test."""
-    pair = stages.load(checkpoint)
-    figures = {name: pair.history[-1][f"val_{name}"] for name in ("accuracy", "sparsity", "policies")}
-    return figures | {"test_accuracy": read_checkpoint(checkpoint)["acc"], "epoch": len(pair.history)}
+    found = read_checkpoint(checkpoint)
+    last = found["history"][-1]
+    figures = {name: last[f"val_{name}"] for name in ("accuracy", "sparsity", "policies")}
+    return figures | {"test_accuracy": found["acc"], "epoch": len(found["history"])}
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def main() -> None:
     args = parser.parse_args()
     keep_memory()
     device = choose_device()
-    pair = stages.load(stages.find(CV, "finetuned", args.model, "train a pair first"))
+    pair = stages.find(CV, "finetuned", args.model, "train a pair first")
     learned, _ = rivals.heldout_policies(args.model, pair, "data/")
     order = learned.mean(0).argsort(descending=True, stable=True)
     known, one_policy = difficulties(args.model, args.max_images, device), {}

@@ -76,7 +76,7 @@ def main() -> None:
     size = parse_model(args.model).image_size
     torch.manual_seed(0)
     rnet, agent = (network.eval().to(device) for network in build_model(args.model))
-    full = count_flops(rnet, image_size=size).item()
+    full = count_flops(rnet).item()
     print(f"{args.model}, {rnet.num_blocks} blocks, {machine(device)}")
     with torch.no_grad():
         keep_about(args.kept, agent, torch.rand(4 * POOL, 3, size, size, device=device))
@@ -96,7 +96,7 @@ def main() -> None:
             if way.startswith("BlockDrop"):
                 decided = policy if precision == "plain" else nets[precision][1].decide(images)
                 blocks = decided.sum(1).mean().item()
-                allowed = full / count_flops(rnet, decided, agent, size).mean().item()
+                allowed = full / count_flops(rnet, decided, agent).mean().item()
             rows[precision, way] = time, blocks, allowed
         print_table(num_images, rows)
         for precision, pair in nets.items():
