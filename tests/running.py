@@ -1,5 +1,6 @@
 """How tests and benchmarks run a notebook without a kernel, its step functions alone, and other processes."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -13,10 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("rnet_sole", "blockdrop_training", "blockdrop_inference")
 
 
+@functools.cache
+def read_notebook(name: str) -> nbformat.NotebookNode:
+    """Return a notebook, which is not to be changed."""
+    return nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
+
+
 def code_cells(name: str, tag: str | None = None) -> list:
     """Return a notebook's code cells, all of them or those with a tag."""
-    notebook = nbformat.read(ROOT / f"{name}.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [cell for cell in read_notebook(name).cells if cell.cell_type == "code"]
     return [cell for cell in cells if tag is None or tag in cell.metadata.get("tags", [])]
 
 

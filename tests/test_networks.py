@@ -92,12 +92,11 @@ def test_policies_of_another_shape_are_refused(rnet, policy):
         rnet.forward_single(torch.rand(1, 3, 32, 32), [1] * 5)
 
 
-@pytest.mark.parametrize("depth", [50, 101])
 @torch.no_grad()
-def test_flatresnet224_gives_torchvisions_logits(depth):
+def test_flatresnet224_gives_torchvisions_logits():
     torch.manual_seed(0)
-    source = randomized(torchvision.models.get_model(f"resnet{depth}", weights=None))
-    rnet, _ = utils.build_model(f"R{depth}_ImgNet")
+    source = randomized(torchvision.models.get_model("resnet101", weights=None))
+    rnet, _ = utils.build_model("R101_ImgNet")
     utils.load_weights_to_flatresnet(source, rnet).eval()
     images = torch.rand(1, 3, 224, 224)
     expected = source(images)
