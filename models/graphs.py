@@ -18,7 +18,7 @@ _held = []  # graphs that are never replayed, but to which PyTorch's allocator o
 def captured(function: Callable[[], object], pool: tuple) -> Callable[[], None]:
     """Return what replays a function as a CUDA graph; `pool`: the memory it shares with other graphs.
 
-    Graphs with a common pool may run one after the other alone.
+    Graphs that share a pool must not run at the same time.
     Source: PyTorch's documentation, "CUDA semantics", CUDA graphs.
     """
     stream = _capture_stream(torch.cuda.current_device())
@@ -105,7 +105,7 @@ class Graph:
 
 
 class Graphs:
-    """A `models.inference.Eager` that the host has no part in, captured for one shape of batch."""
+    """A `models.inference.Eager` that needs nothing from the host, captured for one shape of batch."""
 
     def __init__(self, eager, images: Tensor, capture: Capture):
         blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
@@ -162,7 +162,7 @@ class SingleImage:
                 target.fill_(math.nan)
             return run(*args)
 
-        image = 1 - image  # another one than that of which the targets are left
+        image = 1 - image  # not the captured one: a step that ignores its input is noticed
         if eager.agent is None:
             pairs = [(replayed(self.alone, image), eager.alone(image))]
         else:
@@ -242,6 +242,7 @@ class CapturedStep:
             except RuntimeError as error:
                 _say_why_not(self.step, str(error.__context__ or error).partition("\n")[0])
                 self.graphs = None
+            if self.graphs is None:  # not above, where the error still holds the failed step's tensors
                 return self.step(*args)
         graph = self.graphs[key]
         for kept, given in zip(graph.inputs, args, strict=True):
@@ -259,7 +260,8 @@ class CapturedStep:
 
         parts = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
         _move_to_device([part for part in parts if isinstance(part, torch.optim.Optimizer)], self.device)
-        before = {id(tensor): tensor.clone() for tensor in _state(parts)}
+        # Detached: a copy with a gradient would tie the weight's gradient to this stream, not the capture's.
+        before = {id(tensor): tensor.detach().clone() for tensor in _state(parts)}
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 graph.replay = self.capture(run)

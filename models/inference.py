@@ -154,7 +154,8 @@ class Prepared:
                     found.append(fused.features(images))
                     expected.append(self.eager.features(rounded))
                 if not agree(found, expected, FUSED_TOLERANCE[self.precision]):
-                    raise RuntimeError("it gave other logits")
+                    apart = [float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
+                    raise RuntimeError(f"its logits are {100 * max(apart):.2g} % apart")
         except Exception as error:  # a compiler fails in many ways
             torch.cuda.synchronize(self.device)  # raises where the error has broken the device's context
             self.how = f"block by block (one kernel for all failed: {str(error).partition(chr(10))[0]})"
@@ -167,7 +168,7 @@ class Prepared:
 
         `policy` (N, K): run this one instead. ValueError for another shape or values other than 0 and 1, and
         for anything but RGB images on the network's device. The one kernel reads a policy on its device
-        without a word to the host: there, other values give logits that are not a number.
+        without waiting for the host: there, other values give logits that are not a number.
         """
         with self._mode():
             x, way, fused = self._way(x)
@@ -254,7 +255,7 @@ prepare = Prepared  # the verb that notebooks use; the class is what they get
 
 
 def agreement(network: Prepared, exact: Prepared, batches: Iterable) -> tuple[int, float]:
-    """Return for how many images two networks predict the same, and how far their logits lie apart, relative.
+    """Return for how many images two networks predict the same, and the relative distance of their logits.
 
     `batches`: pairs of images and labels. With a policy network, each network decides for itself.
     """

@@ -57,7 +57,7 @@ def test_layouts_and_types_of_policies_give_the_same():
 @torch.no_grad()
 def test_the_policy_network_decides_and_the_resnet_follows():
     rnet, agent = (fold(network).to(DEVICE) for network in networks())
-    images = torch.rand(3, 3, 32, 32, device=DEVICE) * torch.arange(1, 4, device=DEVICE)[:, None, None, None]
+    images = (torch.rand(3, 3, 32, 32) * torch.arange(1, 4)[:, None, None, None]).to(DEVICE)
     policy = (agent(images)[0] >= 0.5).float()
     fuse = partial(FusedResNet, dtype=HALF, device=DEVICE)
     logits, decided = Eager(fuse, rnet, agent, None).both(images)

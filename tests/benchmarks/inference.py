@@ -79,6 +79,8 @@ def main() -> None:
     full = count_flops(rnet).item()
     print(f"{args.model}, {rnet.num_blocks} blocks, {machine(device)}")
     with torch.no_grad():
+        for _, block in rnet.shortcuts_and_blocks():
+            [*block.children()][-1].weight.fill_(0.1)  # a deep untrained network exceeds fp16's range
         keep_about(args.kept, agent, torch.rand(4 * POOL, 3, size, size, device=device))
     nets = {
         precision: [inference.prepare(rnet, policy_network, precision) for policy_network in (None, agent)]
