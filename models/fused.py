@@ -1,6 +1,6 @@
 """A whole ResNet for 32x32 images as one Triton kernel: a program per image, from pixels to features.
 
-Computing a block only for the images that keep it takes a gather, a few kernels and a word from the host,
+Computing a block only for the images that keep it takes a gather, a few kernels and a wait for the host,
 which cost more than the block. Here a program reads its image's policy on the device, and a dropped block
 is a branch not taken: time follows the blocks that run, at any batch size.
 

@@ -203,7 +203,7 @@ def split(
     indices = torch.randperm(len(trainset), generator=torch.Generator().manual_seed(0))
     num_val = round(HOLDOUT * len(trainset))
     if num_val == 0:
-        raise ValueError(f"{len(trainset)} training images are too few to hold a tenth out: use 5 or more")
+        raise ValueError(f"{len(trainset)} training images are too few to hold a tenth out: use 6 or more")
     val, train = indices[:num_val], indices[num_val:]
     if isinstance(trainset, Images):
         return trainset.subset(train, augment=True), trainset.subset(val, augment=False), testset
@@ -251,7 +251,7 @@ def _as_shown(path: str | os.PathLike) -> Image.Image:
 def _read(
     path: str | os.PathLike, reader: Callable[..., Image.Image] = torchvision.datasets.folder.pil_loader
 ) -> Image.Image:
-    """Return a picture file's RGB image, by default as everybody reads ImageNet's."""
+    """Return a picture file's RGB image, by default with torchvision's reader."""
     try:
         return reader(path)
     except FileNotFoundError:
@@ -264,8 +264,9 @@ class Loader:
     """Batches of a data set on the device: inputs (n, 3, H, W), channels last, and labels (n,).
 
     `Images` lie on the device whole, in bytes, and are prepared there; others come from worker processes.
-    With `shuffle`, each pass is in a new order, drawn from `generator`, as the augmentation is. `batch_size`
-    counts all processes, each of which gets its share of a batch; ValueError where it can't, with `shuffle`.
+    With `shuffle`, each pass is in a new order, drawn from `generator`. `Images` draw their augmentation from
+    it, too, others from PyTorch's own. `batch_size` counts all processes, each of which gets its share of a
+    batch; ValueError where it can't, with `shuffle`.
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, device: torch.device | str, shuffle: bool = False):
@@ -284,11 +285,6 @@ class Loader:
 
     def __len__(self) -> int:
         return math.ceil(self.num_images / self.batch_size)
-
-    @property
-    def image_size(self) -> int:
-        """The images' width and height in pixels."""
-        return self.dataset[0][0].shape[-1]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         n = self.num_images

@@ -77,7 +77,7 @@ def block_axis(axes: Axes, layer_config: Sequence[int], which: str = "x") -> Non
     numbers = [1, *range(5, num_blocks + 1, 5)] if num_blocks > MANY_BLOCKS else range(1, num_blocks + 1)
     axes.set(**{f"{which}label": "block", f"{which}ticks": list(numbers)})
     line = axes.axvline if which == "x" else axes.axhline
-    for last in list(accumulate(layer_config))[:-1]:
+    for last in accumulate(layer_config[:-1]):
         line(last + 0.5, color="black", linewidth=1.2, linestyle="-")
 
 
@@ -146,7 +146,7 @@ def reward_curve(penalties: Mapping[str, float]) -> Figure:
 
 
 def stage_history(history: Sequence[Mapping], num_blocks: int, title: str) -> Figure | None:
-    """Draw loss over epochs, if any, and accuracy, reward, blocks kept and policies on held-out images."""
+    """Draw loss, and held-out accuracy, reward, blocks kept and policies, over epochs; None without any."""
     if not history:
         return None
     labels = {
@@ -409,16 +409,16 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
         ):
             row[-1].plot([run["flops"] / 1e6 for run in runs], [100 * run["test_accuracy"] for run in runs],
                          style, color=GRAY, markersize=4, zorder=1)  # fmt: skip
-        axes.plot([], [], ":", color=GRAY, label="other penalties")
+        row[-1].plot([], [], ":", color=GRAY, label="other penalties")
     title = "accuracy against cost per image"
     figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
     row[0].set_ylabel("accuracy on test images (%)")
     for name in ("sole", "blockdrop", "one_policy"):
-        axes.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
+        row[-1].plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
     finetuned = [rival for report in reports for rival in report["rivals"].values() if rival["finetuned"]]
     if finetuned or any("one_policy" in run for run in curve):
-        axes.plot([], [], "v", color="black", label="one policy, finetuned")
-    legend_below(figure, axes, 4)
+        row[-1].plot([], [], "v", color="black", label="one policy, finetuned")
+    legend_below(figure, row[-1], 4)
     return figure
 
 

@@ -24,8 +24,8 @@ def points(hits: Tensor, others: Tensor) -> tuple[float, float]:
 def headroom(right: Tensor) -> dict[str, float]:
     """Return how much choosing among M policies could bring on N images; `right`: (N, M), 1 where right.
 
-    `best_one`: accuracy of the best policy alone. `oracle`: of who picks a right policy where there is one.
-    `chance`: the oracle's where images and policies have nothing to do with each other: columns shuffled.
+    `best_one`: accuracy of the best policy for all. `oracle`: accuracy if each image gets a right policy
+    where there is one. `chance`: the oracle's with each policy's hits shuffled among the images.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(SHUFFLES, *right.shape, generator=generator).argsort(1)

@@ -41,7 +41,7 @@ def draw(num_images: int, seed: int) -> Drawing:
     return Drawing(np.concatenate(images), labels, difficulty.astype(np.float32))
 
 
-def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Generator):
+def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """Draw images (n, 3, 32, 32) in bytes."""
     n = len(labels)
     d = difficulty[:, None, None]
@@ -50,9 +50,9 @@ def _draw_chunk(labels: np.ndarray, difficulty: np.ndarray, random: np.random.Ge
     radius = random.uniform(8, 12, (n, 1, 1))
     x, y = _local_grid(center, random.uniform(0, 2 * np.pi, (n, 1, 1)))
     distance = np.empty((n, SIZE, SIZE))
-    for label in range(len(CLASSES)):
+    for label, name in enumerate(CLASSES):
         of_class = labels == label
-        distance[of_class] = _distance(label, x[of_class], y[of_class], radius[of_class])
+        distance[of_class] = _distance(name, x[of_class], y[of_class], radius[of_class])
     shape = _coverage(distance)
 
     # Occlusion: a disc of background laid over the shape's rim, its radius growing to half of the shape's.
@@ -103,11 +103,10 @@ def _box(x: np.ndarray, y: np.ndarray, half_width, half_height) -> np.ndarray:
     return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
 
 
-def _distance(label: int, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Return (about) the signed distance of each pixel from the outline of a class's shape."""
-    r = radius
+def _distance(name: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """Return (about) the signed distance of each pixel from the outline of a class's shape of radius r."""
     from_center = np.hypot(x, y)
-    match CLASSES[label]:
+    match name:
         case "disc":
             return from_center - 0.9 * r
         case "ring":

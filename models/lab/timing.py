@@ -19,6 +19,7 @@ from models.lab.device import device_name, synchronize
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 EARLIEST_END, KNOWN_TO = 10, 0.01  # rounds, and share of the median: measuring may end early
 CALIBRATION_ROUNDS = 50
+TRIAL_SECONDS = 0.2  # spent on each number of threads
 WATCHED_SECONDS = 0.5
 SAME_CALIBRATION = 1.25  # two calibrations of a machine differ by less than this factor
 STEADY = 1.2  # on a quiet machine, quartiles and means of rounds stay within this factor
@@ -72,9 +73,10 @@ def _is_known(taken: Sequence[float]) -> bool:
 def rounds_of(
     networks: Mapping[str, Callable], blockdrop: Prepared, levels: Iterable[int], images: Tensor, size: int
 ) -> dict[object, Callable[[], object]]:
-    """Return functions that run images (n, 3, H, W) in batches of `size`: by name, one per prepared network.
+    """Return functions that run images (n, 3, H, W) in batches of `size`.
 
-    By each k of the `levels`, one that runs the policy network and k random blocks of the ResNet per image.
+    One per prepared network, by its name, and one per k in `levels`, which runs the policy network and k
+    random blocks of the ResNet per image.
     """
 
     def decide_and_run(inputs: Tensor, policy: Tensor) -> None:
@@ -108,9 +110,7 @@ def num_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose_threads(
-    functions: Iterable[Callable[[], object]], device: torch.device, seconds: float = 0.2
-) -> tuple[int, float]:
+def choose_threads(functions: Sequence[Callable[[], object]], device: torch.device) -> tuple[int, float]:
     """Return how many threads are faster for some functions in the mean, all or one, and their seconds.
 
     Threads that wait for each other are slow now and then, which the mean shows. On CUDA: all.
@@ -123,7 +123,7 @@ def choose_threads(
                 function()
 
     choices = sorted({1, most}) if device.type == "cpu" else [most]
-    times = measure({n: functools.partial(run, n) for n in choices}, device, seconds)
+    times = measure({n: functools.partial(run, n) for n in choices}, device, TRIAL_SECONDS)
     best = min(choices, key=lambda n: times[n]["mean"])
     return best, times[best]["seconds"]
 
