@@ -98,6 +98,24 @@ def test_a_step_that_cant_be_captured_runs_as_it_is(capsys):
     assert capsys.readouterr().out == "sole_step runs without CUDA graphs: no graphs here\n"
 
 
+def test_nothing_ties_a_weights_gradient_to_another_stream_than_the_captures():
+    """The node that sums it belongs to the stream it was made on, as long as anything holds it."""
+    rnet, _ = networks("R8_SYN")
+    weight, still_held = rnet.fc.weight, []
+
+    def capture(function):
+        for _ in range(2):
+            node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+            still_held.append("seen" in node.metadata)
+            node.metadata["seen"] = True
+            del node
+        return run_for_replay(function)
+
+    step = CapturedStep(step_functions("rnet_sole").sole_step, CPU, capture)
+    step(rnet, torch.optim.SGD(rnet.parameters(), LR), torch.rand(2, 3, 32, 32), torch.tensor([1, 2]), "fp32")
+    assert still_held == [False, False]
+
+
 @pytest.mark.parametrize(("way", "n"), [(Graphs, 2), (SingleImage, 1)])
 @torch.inference_mode()
 def test_captured_networks_are_the_masked_forward(way, n):
