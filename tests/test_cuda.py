@@ -110,6 +110,7 @@ def test_a_captured_step_is_the_eager_one(stage, precision, monkeypatch, capsys)
     and by 0.03 after 20; in bf16 by 0.02 and 0.1. Two steps in place of one would make it about 1.
     """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    loss_apart = 0.05 if precision == "fp32" else 0.2  # a policy may flip
     for steps, apart in ((1, 0.1), (STEPS, 0.3 if precision == "fp32" else 0.5)):
         start, end, statistics, losses = take_steps(stage, precision, DEVICE, None, steps)
         its = take_steps(stage, precision, DEVICE, lambda step: one_graph(step, DEVICE), steps)
@@ -117,7 +118,7 @@ def test_a_captured_step_is_the_eager_one(stage, precision, monkeypatch, capsys)
         assert torch.equal(start, its_start)
         assert (end - its_end).norm() <= apart * (end - start).norm()
         torch.testing.assert_close(statistics, its_statistics, rtol=0.02, atol=0.02)
-        torch.testing.assert_close(losses, its_losses, rtol=0, atol=0.05)  # a policy may flip
+        torch.testing.assert_close(losses, its_losses, rtol=0, atol=loss_apart)
     assert capsys.readouterr().out == ""  # no word of steps that run as they are
 
 
