@@ -61,25 +61,26 @@ def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str
     places |= {label: (f"one_policy/{kind}/finetuned", model) for kind, label in KINDS.items()}
     rivals = {}
     for label, (folder, its_model) in places.items():
+        is_finetuned = its_model == model  # for one policy; else a smaller sole ResNet
         try:
             path = stages.find(cv_dir, folder, its_model)
             if path is None:
                 continue
             rnet, agent = utils.build_model(its_model)
-            stage = stages.load(path, rnet, agent if its_model == model else None)
+            stage = stages.load(path, rnet, agent if is_finetuned else None)
         except CheckpointError as error:
             print(f"Left out: {error}")
             continue
         own = stages.sole_entry(stage.lineage, its_model)
         before = [entry for entry in stage.lineage if entry["stage"] != "finetuning"]
-        if its_model == model and any(entry not in pair.lineage for entry in before):
+        if is_finetuned and any(entry not in pair.lineage for entry in before):
             print(f"Left out: {path} started from other weights than {pair.path}")
-        elif its_model == model and _finetunings(stage) != _finetunings(pair):
+        elif is_finetuned and _finetunings(stage) != _finetunings(pair):
             print(f"Left out: {path} was finetuned with other settings than {pair.path}")
         elif own and other and _images_of(own) != _images_of(other):
             print(f"Left out: {path} was trained on other images than {alone.path}")
         else:
-            policy = policy_of(agent) if its_model == model else None
+            policy = policy_of(agent) if is_finetuned else None
             rivals[label] = Rival(its_model, stage, rnet, policy)
     return rivals
 
