@@ -98,14 +98,14 @@ def _new_shape(source, x, y, weight, bias, policy, H: tl.constexpr, C: tl.conste
 
 
 @triton.jit
-def _stem(image, channel, row, column, weight, bias):
-    """Return the first convolution (1024, 16) of an image with these strides."""
+def _stem(image, weight, bias):
+    """Return the first convolution (1024, 16) of an image (3, 32, 32)."""
     pixel, c_in, c_out = tl.arange(0, 1024), tl.arange(0, 16), tl.arange(0, 16)
     acc = _bias(bias, 32, 16)
     for tap in tl.range(0, 9, num_stages=1):
         r, c = pixel // 32 + tap // 3 - 1, pixel % 32 + tap % 3 - 1
         known = ((r >= 0) & (r < 32) & (c >= 0) & (c < 32))[:, None] & (c_in < 3)[None, :]
-        x = tl.load(image + (r * row + c * column)[:, None] + c_in[None, :] * channel, mask=known, other=0.0)
+        x = tl.load(image + (r * 32 + c)[:, None] + c_in[None, :] * 1024, mask=known, other=0.0)
         w = tl.load(weight + tap * 256 + c_in[:, None] * 16 + c_out[None, :])
         acc = tl.dot(x.to(weight.dtype.element_ty), w, acc)
     return acc
@@ -122,14 +122,10 @@ def _other_values(policy, num_blocks):
     return found
 
 
-# Counts and strides are no constants of the compiled kernel: it serves every depth, batch and layout.
-@triton.jit(
-    do_not_specialize=[
-        "num_images", "of_image", "channel", "row", "column", "of_policy", "n1", "n2", "n3"
-    ]
-)  # fmt: skip
+# Counts are no constants of the compiled kernel: it serves every depth and batch.
+@triton.jit(do_not_specialize=["num_images", "of_policy", "n1", "n2", "n3"])
 def _resnet(
-    images, of_image, channel, row, column, policy, of_policy, features, scratch,
+    images, policy, of_policy, features, scratch,
     stem_weight, stem_bias, weight1, bias1, weight2, bias2, weight3, bias3, num_images, n1, n2, n3,
     SIZE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
@@ -145,11 +141,11 @@ def _resnet(
         tl.store(x1 + at, tl.zeros((1024,), scratch.dtype.element_ty), mask=at < SIZE)
     tl.debug_barrier()
     num_blocks = n1 + n2 + n3
-    images += program.to(tl.int64) * of_image
+    images += program.to(tl.int64) * (3 * 32 * 32)
     policy += program.to(tl.int64) * of_policy
     features += program.to(tl.int64) * 64
     for _ in range(program, num_images, programs):
-        stem = _stem(images, channel, row, column, stem_weight, stem_bias)
+        stem = _stem(images, stem_weight, stem_bias)
         _write(x1, _inside(32, 16), tl.maximum(stem, 0))
         _same_shape(x1, y1, weight1, bias1, policy, 0, n1, 32, 16, ALL)
         _new_shape(x1, x2, y2, weight2, bias2, policy + n1, 16, 32, ALL)
@@ -161,7 +157,7 @@ def _resnet(
             mean = tl.where(_other_values(policy, num_blocks) == 0, mean, float("nan"))
         tl.store(features + tl.arange(0, 64), mean)
         tl.debug_barrier()
-        images += programs.to(tl.int64) * of_image
+        images += programs.to(tl.int64) * (3 * 32 * 32)
         policy += programs.to(tl.int64) * of_policy
         features += programs * 64
 
@@ -223,7 +219,7 @@ class FusedResNet:
             rows = features if policy is None else policy
             with torch.cuda.device_of(images):
                 _resnet[(programs,)](
-                    images, *images.stride(), rows, rows.stride(0), features, scratch, *self.weights,
-                    n, *self.layer_config, SIZE=SCRATCH, ALL=policy is None, num_warps=WARPS, num_stages=1,
+                    images.contiguous(), rows, rows.stride(0), features, scratch, *self.weights, n,
+                    *self.layer_config, SIZE=SCRATCH, ALL=policy is None, num_warps=WARPS, num_stages=1,
                 )  # fmt: skip
         return self.fc(features)
