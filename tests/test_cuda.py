@@ -117,7 +117,8 @@ def test_a_captured_step_is_the_eager_one(stage, precision, monkeypatch, capsys)
         its_start, its_end, its_statistics, its_losses = its
         assert torch.equal(start, its_start)
         assert (end - its_end).norm() <= apart * (end - start).norm()
-        torch.testing.assert_close(statistics, its_statistics, rtol=0.02, atol=0.02)
+        near = 0.02 if precision == "fp32" else 0.1
+        torch.testing.assert_close(statistics, its_statistics, rtol=near, atol=near)
         torch.testing.assert_close(losses, its_losses, rtol=0, atol=loss_apart)
     assert capsys.readouterr().out == ""  # no word of steps that run as they are
 

@@ -9,6 +9,7 @@ import torch
 from test_networks import networks
 
 from models.inference import Eager, fold
+from models.lab.device import choose_device
 
 pytest.importorskip("triton", reason="this PyTorch comes without Triton")
 import triton
@@ -56,6 +57,7 @@ def test_layouts_and_types_of_policies_give_the_same():
 
 @torch.no_grad()
 def test_the_policy_network_decides_and_the_resnet_follows():
+    choose_device(DEVICE)  # fp32 in full: PyTorch's own convolutions take TF32
     rnet, agent = (fold(network).to(DEVICE) for network in networks())
     images = (torch.rand(3, 3, 32, 32) * torch.arange(1, 4)[:, None, None, None]).to(DEVICE)
     policy = (agent(images)[0] >= 0.5).float()

@@ -28,12 +28,12 @@ job() { # name, seconds at most, command
         echo "$name: left out, the time is up" | tee -a "$folder/log.txt"
         return
     fi
-    timeout --kill-after=5 "$seconds" "$@" > "$work/$name.log" 2>&1
+    timeout --signal=INT --kill-after=5 "$seconds" "$@" > "$work/$name.log" 2>&1
     status=$?
     ((status == 124 || status == 137)) && status="$status (out of time)"
     echo "$name: $((SECONDS - start)) s, exit status $status" | tee -a "$folder/log.txt"
-    tar -czf "$folder/new.tar.gz" --exclude="*.t7" --exclude=".lock" -C "$work" . &&
-        mv "$folder/new.tar.gz" "$folder/results.tar.gz"
+    tar -czf "$folder/new.tar.gz" --exclude="*.t7" --exclude=".lock" -C "$work" .
+    (($? < 2)) && mv "$folder/new.tar.gz" "$folder/results.tar.gz" # 1: a file changed meanwhile
 }
 
 notebook() { # name of the job, seconds at most, notebook, settings
@@ -53,7 +53,7 @@ else
 fi
 
 pytest=("$python" -m pytest -p no:cacheprovider tests/test_fused.py)
-job tests 300 "${pytest[@]}" tests/test_cuda.py -v --tb=short --durations=10 "${some[@]}"
+job tests 300 "${pytest[@]}" tests/test_cuda.py -vv --tb=short --durations=10 "${some[@]}"
 if [[ $device == cuda ]] && command -v compute-sanitizer > /dev/null; then
     # Without PyTorch's memory cache, an access beyond a tensor is one beyond what was allocated.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 job sanitizer 90 \
