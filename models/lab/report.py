@@ -129,6 +129,7 @@ def summary_table(numbers: Mapping) -> str:
         low_to_high = "{:.1f} ({:.1f} to {:.1f})".format(*numbers["break_even_blocks"][size])
         rows += [
             [f"Batch {size}: ms per image (quartiles)", *(milliseconds(numbers, size, n) for n in networks)],
+            [f"Batch {size}: of that, policy network", "", milliseconds(numbers, size, "policy_network"), ""],
             [f"Batch {size}: speed, sole ResNet = 1", *(speedup(numbers, size, n) for n in networks)],
             [f"Batch {size}: break-even in blocks (range)", "", low_to_high, ""],
             [f"Batch {size}: break-even in images (range)", "", images_words(numbers, size), ""],
@@ -137,14 +138,18 @@ def summary_table(numbers: Mapping) -> str:
 
 
 def images_words(numbers: Mapping, size: str) -> str:
-    """Write after how many images BlockDrop's training is paid for at a batch size, if that is known."""
+    """Write after how many images BlockDrop's training is paid for at a batch size, if that is known.
+
+    "about" where the training ran on another machine.
+    """
     saved, least, most = numbers["saved"][size]
     if least <= 0 <= most:
         return "within noise"
     if saved < 0:
         return "never"
     found = [three_digits(images / 1e6) for images in numbers["break_even_images"].get(size, [])]
-    return "{} million ({} to {})".format(*found) if found else "unknown"
+    about = "" if numbers["training"]["here"] else "about "
+    return about + "{} million ({} to {})".format(*found) if found else "unknown"
 
 
 def rivals_table(numbers: Mapping) -> str:
@@ -152,7 +157,7 @@ def rivals_table(numbers: Mapping) -> str:
     sizes = compared(numbers)
     columns = ["rival", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
                *(f"batch {size}: ms per image" for size in sizes),
-               "BlockDrop is better by (points, ± standard error)", "training in all (s)"]  # fmt: skip
+               "BlockDrop minus rival (points, ± standard error)", "training in all (s)"]  # fmt: skip
     rows = [
         [name, f"{100 * found['accuracy']:.2f}", f"{found['blocks']:.0f}", three_digits(found["flops"] / 1e6),
          *(milliseconds(numbers, size, name, False) for size in sizes), POINTS.format(*found["better_by"]),
@@ -196,11 +201,13 @@ def verdict(numbers: Mapping) -> str:
     said += [_speed_words(numbers, size) for size in compared(numbers)]
     if training["sole_trainings"]:
         said.append(f"BlockDrop's training adds {training['sole_trainings']:.1f} times the sole ResNet's.")
-    if not training["here"]:
-        said.append("The training was not timed on this machine: break-even in images is unknown.")
+    if training["extra"] is None:
+        said.append("How long BlockDrop's training took is unknown, and so is break-even in images.")
+    elif not training["here"]:
+        said.append("The training ran on another machine: break-even in images is a rough estimate.")
     said.append(
-        f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}; "
-        f"BlockDrop is better by {POINTS.format(*numbers['better_than_one_policy'])} points."
+        f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}. "
+        f"BlockDrop minus one policy: {POINTS.format(*numbers['better_than_one_policy'])} points."
     )
     said += [_own_policy_words(numbers), _smaller_words(numbers)]
     if not numbers["like_for_like"]:
@@ -213,8 +220,7 @@ def _own_policy_words(numbers: Mapping) -> str:
     """Say what BlockDrop adds to a ResNet that was finetuned for one policy alone."""
     added = [f"{POINTS.format(*found['better_by'])} points ({name})"
              for name, found in numbers["rivals"].items() if found["finetuned"]]  # fmt: skip
-    finetuned = "With the ResNet finetuned for one policy alone, BlockDrop is better by"
-    return f"{finetuned} {', '.join(added)}." if added else ""
+    return f"BlockDrop minus a ResNet finetuned for one policy: {', '.join(added)}." if added else ""
 
 
 def _smaller_words(numbers: Mapping) -> str:
@@ -234,7 +240,7 @@ def _smaller_words(numbers: Mapping) -> str:
     own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
     if own and sole and extra is not None:
         words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s"
-        words += "." if smaller[name]["same_machine"] else ", perhaps on different machines."
+        words += "." if smaller[name]["same_machine"] else ", not all on the same machine."
     return words
 
 
@@ -252,7 +258,7 @@ def _speed_words(numbers: Mapping, size: str) -> str:
 def baselines_table(numbers: Mapping) -> str:
     """Return the table of the other ways to choose blocks."""
     columns = ["blocks chosen", "finetuned ResNet (%)", "sole ResNet (%)",
-               "learned per image is better by (points, ± standard error)"]  # fmt: skip
+               "learned per image minus this (points, ± standard error)"]  # fmt: skip
     rows = [
         [choice, f"{100 * found['finetuned']:.2f}", f"{100 * found['sole']:.2f}",
          POINTS.format(*found["better_by"])]

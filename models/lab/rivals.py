@@ -49,13 +49,13 @@ class Rival(NamedTuple):
     policy: Tensor | None  # (K,), the one for all images; None: a sole ResNet, every block kept
 
 
-def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str | Path) -> dict[str, Rival]:
+def find_rivals(model: str, pair: stages.Stage, sole: stages.Stage, cv_dir: str | Path) -> dict[str, Rival]:
     """Return the rivals in `cv_dir` and among those that ship, by name: sole ResNets by depth, then policies.
 
     Left out, and named, are files that can't be read, networks that saw other images than the sole ResNet,
-    `alone`, and policies whose ResNet was not finetuned as the pair's was, from the same weights.
+    `sole`, and policies whose ResNet was not finetuned as the pair's was, from the same weights.
     """
-    name, other = parse_model(model), stages.sole_entry(alone.lineage, model)
+    name, other = parse_model(model), stages.sole_entry(sole.lineage, model)
     depths = range(8, name.depth, 6) if name.dataset != "ImgNet" else ()
     places = {f"R{depth}_{name.dataset}": ("trained_rnet", f"R{depth}_{name.dataset}") for depth in depths}
     places |= {label: (f"one_policy/{kind}/finetuned", model) for kind, label in KINDS.items()}
@@ -78,7 +78,7 @@ def find_rivals(model: str, pair: stages.Stage, alone: stages.Stage, cv_dir: str
         elif is_finetuned and _finetunings(stage) != _finetunings(pair):
             print(f"Left out: {path} was finetuned with other settings than {pair.path}")
         elif own and other and _images_of(own) != _images_of(other):
-            print(f"Left out: {path} was trained on other images than {alone.path}")
+            print(f"Left out: {path} was trained on other images than {sole.path}")
         else:
             policy = policy_of(agent) if is_finetuned else None
             rivals[label] = Rival(its_model, stage, rnet, policy)
@@ -124,12 +124,10 @@ def heldout_policies(model: str, pair_path: Path, data_dir: str) -> tuple[Tensor
 
 
 def choose(kind: str, model: str, policies: Tensor, flops: float) -> Tensor:
-    """Return the policy (K,) of a kind, given BlockDrop's policies (N, K) and its mean FLOPs per image."""
+    """Return the policy (K,) used most, or of equal FLOPs, given BlockDrop's (N, K) and its mean FLOPs."""
     if kind == "most_used":
         distinct, counts = policies.unique(dim=0, return_counts=True)
         return distinct[counts.argmax()]
-    if kind == "every_block":
-        return torch.ones_like(policies[0])
     rnet, _ = utils.build_model(model)
     policy = torch.zeros(rnet.num_blocks)
     spent = utils.count_flops(rnet, policy[None])
@@ -164,10 +162,13 @@ def finetune(model: str, pair_path: Path, kind: str, cv_dir: Path, data_dir: str
     rnet, agent = utils.build_model(model)
     hint = f"train a policy of {model} first"
     start = stages.load(stages.find(cv_dir, "trained_policy", model, hint), rnet, agent)
-    if not entries or start.lineage[-1:] != pair.lineage[-len(entries) - 1 : -len(entries)]:
+    before = [e for e in pair.lineage if e["stage"] != "finetuning"]
+    if not entries or start.lineage != before:
         raise ValueError(f"{pair_path} does not say that it was finetuned from {start.path}")
-    policies, flops = heldout_policies(model, pair_path, data_dir)
-    policy = choose(kind, model, policies, flops)
+    if kind == "every_block":
+        policy = torch.ones(rnet.num_blocks)
+    else:
+        policy = choose(kind, model, *heldout_policies(model, pair_path, data_dir))
     always(agent, policy)
     lineage = [
         e for e in start.lineage if e["settings"].get("model") == model and e["stage"] != "policy training"
