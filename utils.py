@@ -79,19 +79,14 @@ def performance_stats(
     )
 
 
-def count_flops(
-    rnet: FlatResNet,
-    policies: Tensor | None = None,
-    agent: Policy | None = None,
-    image_size: int | None = None,
-) -> Tensor:
+def count_flops(rnet: FlatResNet, policies: Tensor | None = None, agent: Policy | None = None) -> Tensor:
     """Return the FLOPs per image (N,), float64, of the ResNet under policies (N, K).
 
-    2 per multiply-add of convolutions and linear layers, as in the original. Without policies all
-    blocks are kept (N = 1); with an `agent`, its FLOPs are added. `image_size` in pixels;
-    None: 224 for ImageNet's networks, 32 for the others.
+    2 per multiply-add of convolutions and linear layers, as in the original; images have 224 pixels a
+    side for ImageNet's networks, 32 for the others. Without policies all blocks are kept (N = 1); with an
+    `agent`, its FLOPs are added.
     """
-    size = image_size or (224 if isinstance(rnet, FlatResNet224) else 32)
+    size = 224 if isinstance(rnet, FlatResNet224) else 32
     image = torch.zeros(1, 3, size, size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         for network in (rnet, agent):

@@ -167,9 +167,9 @@ def stage_history(history: Sequence[Mapping], num_blocks: int, title: str) -> Fi
 def keep_probabilities(history: Sequence[Mapping], layer_config: Sequence[int], title: str) -> Figure | None:
     """Draw each block's mean keep probability over epochs, and how far the curriculum has come.
 
-    None where the history has no epochs, or no probabilities, as in older files.
+    None where the history has no epochs.
     """
-    if not history or "val_probs" not in history[0]:
+    if not history:
         return None
     num_blocks = sum(layer_config)
     figure, axes = plt.subplots(figsize=(WIDTH, 1.8 + 0.06 * num_blocks))
@@ -384,42 +384,51 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
     `reports`: the numbers of up to four models, as `blockdrop_inference.ipynb` writes them. A line connects
     a model's sole ResNets by depth. `curve`: runs of `models.lab.sweep` of a single model.
     """
-    figure, row = plt.subplots(1, len(sizes) + 1, sharey=True, figsize=(WIDTH, 3.4))
-    for axes, size in zip(row, [*sizes, None], strict=True):
-        for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
-            networks = report["networks"] | report["rivals"]
-            costs = {
-                name: found["flops"] / 1e6 if size is None else 1000 * report["times"][size][name]["seconds"]
-                for name, found in networks.items()
-            }
-            for name, x in costs.items():
-                y, error = (100 * networks[name][key] for key in ("accuracy", "error"))
-                axes.errorbar(x, y, error, fmt=_marker(name, networks), color=color, markersize=5)
-            alone = [name for name in costs if _marker(name, networks) == NETWORKS["sole"]["marker"]]
-            alone.sort(key=costs.get)
-            axes.plot([costs[name] for name in alone], [100 * networks[name]["accuracy"] for name in alone],
-                      "-", color=color, label=report["model"])  # fmt: skip
-        axes.set(xscale="log", title="FLOPs" if size is None else f"batch {size}",
-                 xlabel="per image (millions)" if size is None else "time per image (ms)")  # fmt: skip
+    figure, (*panels, flops_panel) = plt.subplots(1, len(sizes) + 1, sharey=True, figsize=(WIDTH, 3.4))
+    for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
+        networks = report["networks"] | report["rivals"]
+        for axes, size in zip(panels, sizes, strict=True):
+            ms = {name: 1000 * report["times"][size][name]["seconds"] for name in networks}
+            _draw_networks(axes, networks, ms, color, report["model"])
+        flops = {name: found["flops"] / 1e6 for name, found in networks.items()}
+        _draw_networks(flops_panel, networks, flops, color, report["model"])
+    for axes, size in zip(panels, sizes, strict=True):
+        axes.set(xscale="log", title=f"batch {size}", xlabel="time per image (ms)")
+    flops_panel.set(xscale="log", title="FLOPs", xlabel="FLOPs per image (millions)")
+    for axes in (*panels, flops_panel):
         log_ticks(axes.xaxis)
-    if known := [run for run in curve if "flops" in run]:
-        for runs, style in (
-            (known, "s:"),
-            ([run["one_policy"] for run in known if "one_policy" in run], "v:"),
-        ):
-            row[-1].plot([run["flops"] / 1e6 for run in runs], [100 * run["test_accuracy"] for run in runs],
-                         style, color=GRAY, markersize=4, zorder=1)  # fmt: skip
-        row[-1].plot([], [], ":", color=GRAY, label="other penalties")
+    known = [run for run in curve if "flops" in run]
+    one_policies = [run["one_policy"] for run in known if "one_policy" in run]
+    for runs, style in ((known, "s:"), (one_policies, "v:")):
+        flops = [run["flops"] / 1e6 for run in runs]
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        flops_panel.plot(flops, accuracies, style, color=GRAY, markersize=4, zorder=1)
     title = "accuracy against cost per image"
     figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
-    row[0].set_ylabel("accuracy on test images (%)")
+    panels[0].set_ylabel("accuracy on test images (%)")
+    # What is drawn without data stands in the legend alone.
+    if known:
+        flops_panel.plot([], [], ":", color=GRAY, label="other penalties")
     for name in ("sole", "blockdrop", "one_policy"):
-        row[-1].plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
-    finetuned = [rival for report in reports for rival in report["rivals"].values() if rival["finetuned"]]
-    if finetuned or any("one_policy" in run for run in curve):
-        row[-1].plot([], [], "v", color="black", label="one policy, finetuned")
-    legend_below(figure, row[-1], 4)
+        flops_panel.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
+    if one_policies or any(rival["finetuned"] for report in reports for rival in report["rivals"].values()):
+        flops_panel.plot([], [], "v", color="black", label="one policy, finetuned")
+    legend_below(figure, flops_panel, 4)
     return figure
+
+
+def _draw_networks(
+    axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str, model: str
+) -> None:
+    """Draw a model's networks by cost and accuracy, and a line through its sole ResNets."""
+    markers = {name: _marker(name, networks) for name in networks}
+    for name, found in networks.items():
+        y, error = 100 * found["accuracy"], 100 * found["error"]
+        axes.errorbar(costs[name], y, error, fmt=markers[name], color=color, markersize=5)
+    soles = [name for name in networks if markers[name] == NETWORKS["sole"]["marker"]]
+    soles.sort(key=costs.get)
+    accuracies = [100 * networks[name]["accuracy"] for name in soles]
+    axes.plot([costs[name] for name in soles], accuracies, "-", color=color, label=model)
 
 
 def _marker(name: str, networks: Mapping[str, Mapping]) -> str:
