@@ -84,6 +84,14 @@ def test_the_verdict_names_the_smallest_as_accurate(better_by, said):
     assert said in words and ("not all on the same machine" in words) == ("R14_SYN" in better_by)
 
 
+@pytest.mark.parametrize(("here", "said"), [(True, "2.00 million"), (False, "about 2.00 million")])
+def test_break_even_in_images_is_rough_where_the_training_ran_elsewhere(here, said):
+    numbers = {
+        "saved": {"1": [1, 0.5, 2]}, "break_even_images": {"1": [2e6, 1e6, 4e6]}, "training": {"here": here},
+    }  # fmt: skip
+    assert report.images_words(numbers, "1") == f"{said} (1.00 to 4.00)"
+
+
 @pytest.mark.parametrize(
     ("values", "expected"), [([0, 1, 4], 2), ([0, 1, 1.5], 4), ([2, 3, 4], 0), ([0, 3, 1], 2 / 3)]
 )
