@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from models.fused import PROGRAMS, SCRATCH, WARPS, FusedResNet, _resnet
+from models.fused import PROGRAMS, SCRATCH, STAGES, TILES, WARPS, FusedResNet, _resnet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -94,14 +94,16 @@ def test_what_cant_be_run_is_said():
 
 def compiled_for_h100():
     """Return the kernel's bytes of shared memory per program, and its code, as compiled for an H100."""
-    constants, types = {"SIZE": SCRATCH, "ALL": False}, {}
+    constants = {"SIZE": SCRATCH, "STAGES": STAGES, "ALL": False}
+    constants |= dict(zip(("T1", "T2", "T3"), TILES, strict=True))
+    types = {}
     for name in _resnet.arg_names:
         if name in constants:
             types[name] = "constexpr"
-        elif name == "scratch" or "weight" in name:
+        elif name == "scratch" or ("weight" in name and name != "last_weight"):
             types[name] = "*fp16"
         else:
-            is_pointer = name in ("images", "policy", "features") or "bias" in name
+            is_pointer = name in ("images", "policy", "outputs", "last_weight") or "bias" in name
             types[name] = "*fp32" if is_pointer else "i32"
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
     source = ASTSource(_resnet, types, constants, aligned)
