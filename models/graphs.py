@@ -111,12 +111,17 @@ class Graphs:
         blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
         # Compared under 1 - policy: there, too, some blocks run.
         policy = (blocks % 2).float().expand(len(images), -1)
-        self.under = Graph(eager.under, images, policy, capture=capture)
         if eager.agent is None:
             self.alone = Graph(eager.alone, images, capture=capture)
+            self.under = Graph(eager.under, images, policy, capture=capture)
         else:
             self.decide = Graph(eager.decide, images, capture=capture)
-            self.both = Graph(eager.both, images, capture=capture)
+            self.follow = Graph(eager.both, images, capture=capture)
+            self.instead = Graph(eager.both, images, policy, capture=capture)
+
+    def both(self, images: Tensor, *policy: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits under the agent's policy, or a given one instead, and the policy."""
+        return self.instead(images, *policy) if policy else self.follow(images)
 
 
 class SingleImage:
@@ -197,9 +202,10 @@ class SingleImage:
         self.classify()
         return self.logits.clone()
 
-    def both(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits under the agent's policy, and the policy."""
-        policy = self.decide(image)
+    def both(self, image: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits under the agent's policy, or a given one on the host instead, and the policy."""
+        decided = self.decide(image)
+        policy = decided if policy is None else policy
         return self.under(image, policy.cpu()), policy
 
 

@@ -35,10 +35,14 @@ def fold(network: nn.Module) -> nn.Module:
 
 
 class BlockByBlock:
-    """A folded ResNet whose blocks run one after the other; its weights say device, precision and format."""
+    """A folded ResNet whose blocks run one after the other; its weights say device, precision and format.
 
-    def __init__(self, rnet: FlatResNet):
+    `last`: a layer in fp32 that follows.
+    """
+
+    def __init__(self, rnet: FlatResNet, last: nn.Module | None = None):
         self.rnet, self.blocks, self.num_blocks = rnet, [], rnet.num_blocks
+        self.last = nn.Identity() if last is None else last
         for shortcut, block in rnet.shortcuts_and_blocks():  # the convolutions alone, without a module's call
             convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
             branch = functools.partial(_branch, [(c.weight, c.bias, c.stride, c.padding) for c in convs])
@@ -47,7 +51,7 @@ class BlockByBlock:
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under policies (N, K), which the host reads."""
         keeping = [True] * len(self.blocks) if policy is None else keepers(policy.cpu() > 0, x.device)
-        return self.rnet.classify(run_blocks(self.rnet.seed(x), self.blocks, keeping)).float()
+        return self.last(self.rnet.classify(run_blocks(self.rnet.seed(x), self.blocks, keeping)).float())
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -68,7 +72,7 @@ class Eager:
 
     def __init__(self, run: Callable, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None):
         self.resnet, self.agent, self.policy = run(rnet), agent, policy
-        self.features = None if agent is None else run(agent.features)
+        self.decision = None if agent is None else run(agent.features, last=agent.logit)
 
     def alone(self, x: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under the one policy, or every block kept."""
@@ -76,15 +80,16 @@ class Eager:
 
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K)."""
-        return greedy_policy(torch.sigmoid(self.agent.logit(self.features(self.agent.view(x)))))
+        return greedy_policy(torch.sigmoid(self.decision(self.agent.view(x))))
 
     def under(self, x: Tensor, policy: Tensor) -> Tensor:
         """Return logits (N, classes) under policies (N, K)."""
         return self.resnet(x, policy)
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits under the agent's policy, and the policy."""
-        policy = self.decide(x)
+    def both(self, x: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return logits under the agent's policy, and the policy; with a `policy` under that one instead."""
+        decided = self.decide(x)
+        policy = decided if policy is None else policy
         return self.under(x, policy), policy
 
 
@@ -122,7 +127,11 @@ class Prepared:
         self.format = torch.contiguous_format if in_full else torch.channels_last  # the faster one
         to = {"dtype": DTYPES[precision], "device": device, "memory_format": self.format}
         rnet, agent = fold(rnet), None if agent is None else fold(agent).to(device)
-        self.eager = Eager(lambda net: BlockByBlock(copy.deepcopy(net).to(**to)), rnet, agent, policy)
+
+        def block_by_block(net: FlatResNet, last: nn.Module | None = None) -> BlockByBlock:
+            return BlockByBlock(copy.deepcopy(net).to(**to), last)
+
+        self.eager = Eager(block_by_block, rnet, agent, policy)
         self.device = self.eager.resnet.rnet.conv1.weight.device
         # Captured ways have one place for images and results: threads and streams take turns.
         self.lock, self.done = threading.Lock(), torch.cuda.Event() if device.type == "cuda" else None
@@ -151,8 +160,9 @@ class Prepared:
                 found = [fused.alone(images), fused.under(images, policies)]
                 expected = [self.eager.alone(rounded), self.eager.under(rounded, policies)]
                 if agent is not None:
-                    found.append(fused.features(images))
-                    expected.append(self.eager.features(rounded))
+                    # Probabilities: where bias and weights nearly cancel, rounding changes logits by much.
+                    found.append(torch.sigmoid(fused.decision(images)))
+                    expected.append(torch.sigmoid(self.eager.decision(rounded)))
                 if not agree(found, expected, FUSED_TOLERANCE[self.precision]):
                     apart = [float((x - y).norm() / y.norm()) for x, y in zip(found, expected, strict=True)]
                     raise RuntimeError(f"its logits are {100 * max(apart):.2g} % apart")
@@ -166,21 +176,21 @@ class Prepared:
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits (N, classes) of images (N, 3, H, W); with an agent, the policy (N, K) too.
 
-        `policy` (N, K): run this one instead. ValueError for another shape or values other than 0 and 1, and
-        for anything but RGB images on the network's device. The one kernel reads a policy on its device
-        without waiting for the host: there, other values give logits that are not a number.
+        `policy` (N, K): run this one instead; the agent decides all the same, so that it takes as long.
+        ValueError for another shape or values other than 0 and 1, and for anything but RGB images on the
+        network's device. The one kernel reads a policy on its device without waiting for the host: there,
+        other values give logits that are not a number.
         """
         with self._mode():
             x, way, fused = self._way(x)
+            given = []
             if policy is not None:
                 policy = policy if fused else policy.cpu()
                 self.eager.resnet.rnet.check_policy(policy, len(x))
-                logits = way.under(x, policy.to(self.device) if fused else policy)
-            elif self.eager.agent is None:
-                return way.alone(x)
-            else:
-                logits, policy = way.both(x)
-            return logits if self.eager.agent is None else (logits, policy)
+                given = [policy.to(self.device) if fused else policy]
+            if self.eager.agent is not None:
+                return way.both(x, *given)
+            return way.under(x, *given) if given else way.alone(x)
 
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K) for images (N, 3, H, W)."""

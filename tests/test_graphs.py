@@ -129,8 +129,8 @@ def test_captured_networks_are_the_masked_forward(way, n):
         found = [*captured_pair.both(images), captured_sole.alone(images)]
         expected = [rnet(images, decided), decided, rnet(images)]
         for policy in (torch.ones(n, 9), torch.zeros(n, 9), *torch.randint(2, (3, n, 9)).float()):
-            found += [captured.under(images, policy) for captured in (captured_pair, captured_sole)]
-            expected += [rnet(images, policy)] * 2
+            found += [*captured_pair.both(images, policy), captured_sole.under(images, policy)]
+            expected += [rnet(images, policy), policy, rnet(images, policy)]
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
