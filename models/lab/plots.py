@@ -66,6 +66,11 @@ def log_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit in which times of about so many seconds read well, and how many a second has."""
+    return ("ms", 1e3) if seconds >= 1e-5 else ("µs", 1e6)
+
+
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:
     """Put a legend of what these axes hold below the whole figure."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
@@ -345,16 +350,19 @@ def break_even_blocks(
     figure, row = plt.subplots(1, len(found), squeeze=False)
     for axes, (size, (at, least, most)) in zip(row[0], found.items(), strict=True):
         levels = [name for name in times[size] if isinstance(name, int)]
-        ranges = ([1000 * times[size][k][key] for k in levels] for key in ("low", "seconds", "high"))
+        unit, per_second = time_unit(times[size]["sole"]["seconds"])
+        ranges = ([per_second * times[size][k][key] for k in levels] for key in ("low", "seconds", "high"))
         band(axes, levels, *ranges, marker=".", label="BlockDrop, k random blocks")
-        ms = {name: 1000 * time["seconds"] for name, time in times[size].items()}
-        axes.plot(kept, ms["blockdrop"], "*", color=ORANGE, markersize=11, label="BlockDrop's own policies")
-        axes.axhline(ms["sole"], color="black", linestyle="--", label="sole ResNet")
-        axes.axhline(ms["policy_network"], color=GRAY, linestyle=":", label="policy network alone")
+        drawn = {name: per_second * time["seconds"] for name, time in times[size].items()}
+        axes.plot(
+            kept, drawn["blockdrop"], "*", color=ORANGE, markersize=11, label="BlockDrop's own policies"
+        )
+        axes.axhline(drawn["sole"], color="black", linestyle="--", label="sole ResNet")
+        axes.axhline(drawn["policy_network"], color=GRAY, linestyle=":", label="policy network alone")
         axes.axvspan(least, most, color=GRAY, alpha=0.3, linewidth=0, label="break-even, range")
         axes.axvline(at, color=GRAY, linestyle="-")
         axes.set(title=f"batch {size}: break-even at {at:.1f} blocks", ylim=(0, None),
-                 xlabel=f"blocks kept (of {max(levels)})", ylabel="time per image (ms)")  # fmt: skip
+                 xlabel=f"blocks kept (of {max(levels)})", ylabel=f"time per image ({unit})")  # fmt: skip
         whole_numbers(axes.xaxis)
     figure.suptitle(model)
     legend_below(figure, row[0, 0], 3)
@@ -385,15 +393,16 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
     a model's sole ResNets by depth. `curve`: runs of `models.lab.sweep` of a single model.
     """
     figure, (*panels, flops_panel) = plt.subplots(1, len(sizes) + 1, sharey=True, figsize=(WIDTH, 3.4))
+    units = [time_unit(max(report["times"][size]["sole"]["seconds"] for report in reports)) for size in sizes]
     for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
         networks = report["networks"] | report["rivals"]
-        for axes, size in zip(panels, sizes, strict=True):
-            ms = {name: 1000 * report["times"][size][name]["seconds"] for name in networks}
-            _draw_networks(axes, networks, ms, color, report["model"])
+        for axes, size, (_, per_second) in zip(panels, sizes, units, strict=True):
+            times = {name: per_second * report["times"][size][name]["seconds"] for name in networks}
+            _draw_networks(axes, networks, times, color, report["model"])
         flops = {name: found["flops"] / 1e6 for name, found in networks.items()}
         _draw_networks(flops_panel, networks, flops, color, report["model"])
-    for axes, size in zip(panels, sizes, strict=True):
-        axes.set(xscale="log", title=f"batch {size}", xlabel="time per image (ms)")
+    for axes, size, (unit, _) in zip(panels, sizes, units, strict=True):
+        axes.set(xscale="log", title=f"batch {size}", xlabel=f"time per image ({unit})")
     flops_panel.set(xscale="log", title="FLOPs", xlabel="FLOPs per image (millions)")
     for axes in (*panels, flops_panel):
         log_ticks(axes.xaxis)

@@ -99,11 +99,12 @@ def compared(numbers: Mapping) -> list[str]:
     return list(dict.fromkeys(["1", str(numbers["large_batch"])]))
 
 
-def milliseconds(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
+def per_image(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
     """Write a network's time per image at a batch size."""
     time = numbers["times"][size][name]
-    low, middle, high = (three_digits(1000 * time[key]) for key in ("low", "seconds", "high"))
-    return f"{middle} ({low} to {high})" if quartiles else middle
+    unit, per_second = plots.time_unit(time["seconds"])
+    low, middle, high = (three_digits(per_second * time[key]) for key in ("low", "seconds", "high"))
+    return f"{middle} ({low} to {high}) {unit}" if quartiles else f"{middle} {unit}"
 
 
 def speedup(numbers: Mapping, size: str, name: str = "blockdrop") -> str:
@@ -128,8 +129,8 @@ def summary_table(numbers: Mapping) -> str:
     for size in compared(numbers):
         low_to_high = "{:.1f} ({:.1f} to {:.1f})".format(*numbers["break_even_blocks"][size])
         rows += [
-            [f"Batch {size}: ms per image (quartiles)", *(milliseconds(numbers, size, n) for n in networks)],
-            [f"Batch {size}: of that, policy network", "", milliseconds(numbers, size, "policy_network"), ""],
+            [f"Batch {size}: time per image (quartiles)", *(per_image(numbers, size, n) for n in networks)],
+            [f"Batch {size}: of that, policy network", "", per_image(numbers, size, "policy_network"), ""],
             [f"Batch {size}: speed, sole ResNet = 1", *(speedup(numbers, size, n) for n in networks)],
             [f"Batch {size}: break-even in blocks (range)", "", low_to_high, ""],
             [f"Batch {size}: break-even in images (range)", "", images_words(numbers, size), ""],
@@ -156,11 +157,11 @@ def rivals_table(numbers: Mapping) -> str:
     """Return the table of the rivals: a row per network. Empty without any."""
     sizes = compared(numbers)
     columns = ["rival", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
-               *(f"batch {size}: ms per image" for size in sizes),
+               *(f"batch {size}: time per image" for size in sizes),
                "BlockDrop minus rival (points, ± standard error)", "training in all (s)"]  # fmt: skip
     rows = [
         [name, f"{100 * found['accuracy']:.2f}", f"{found['blocks']:.0f}", three_digits(found["flops"] / 1e6),
-         *(milliseconds(numbers, size, name, False) for size in sizes), POINTS.format(*found["better_by"]),
+         *(per_image(numbers, size, name, False) for size in sizes), POINTS.format(*found["better_by"]),
          f"{found['seconds']:,.0f}" if found["seconds"] else "unknown"]
         for name, found in numbers["rivals"].items()
     ]  # fmt: skip
@@ -279,11 +280,11 @@ def difficulty_words(numbers: Mapping) -> str:
 def readme_table(reports: Sequence[Mapping]) -> str:
     """Return the README's table: a row per model and network."""
     columns = ["model", "network", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
-               f"ms per image, batch {'; '.join(compared(reports[0]))}"]  # fmt: skip
+               f"time per image, batch {'; '.join(compared(reports[0]))}"]  # fmt: skip
     rows = [
         [f"`{report['model']}`", plots.NETWORKS[name]["label"], f"{100 * found['accuracy']:.2f}",
          f"{found['blocks']:.3g} of {report['blocks']}", three_digits(found["flops"] / 1e6),
-         "; ".join(milliseconds(report, size, name, False) for size in compared(report))]
+         "; ".join(per_image(report, size, name, False) for size in compared(report))]
         for report in reports
         for name, found in report["networks"].items()
     ]  # fmt: skip
