@@ -44,12 +44,12 @@ notebook() { # name of the job, seconds at most, notebook, settings
 }
 
 if [[ $device == cuda ]]; then
-    deep=R110_C10 shipped=(R20_SYN R32_C10 R110_C10) few=() some=() look=(-p seconds 0.2)
-    times=(--seconds 0.4) batches=(--batches 8 --epochs-at 128 512)
+    deep=R110_C10 shipped=(R20_SYN R32_C10 R110_C10) few=() some=() look=()
+    times=(--seconds 0.2) batches=(--batches 8 --epochs-at 128 512) large=2048
     job machine 30 bash -c "nvidia-smi; $python -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
 else
     deep=R8_SYN shipped=(R20_SYN) few=(-p max_images 100) some=(-k 8-1-) look=(-p seconds 0.01)
-    times=(--seconds 0.01 --kept 1 --batches 1 4) batches=(--batches 1 --epochs-at 16 32)
+    times=(--seconds 0.01 --kept 1 --batches 1 4) batches=(--batches 1 --epochs-at 16 32) large=32
 fi
 
 pytest=("$python" -m pytest -p no:cacheprovider tests/test_fused.py)
@@ -60,8 +60,11 @@ if [[ $device == cuda ]] && command -v compute-sanitizer > /dev/null; then
         compute-sanitizer --kernel-regex kns=_resnet --report-api-errors no --error-exitcode 9 "${pytest[@]}" -k "masked_forward and 8-5-"
 fi
 
-job inference 120 "$python" tests/benchmarks/inference.py --model $deep "${times[@]}"
+job inference 90 "$python" tests/benchmarks/inference.py --model $deep --kept 15 "${times[@]}"
 job epochs 70 "$python" tests/benchmarks/blockdrop.py --model $deep "${batches[@]}"
+
+job plain 60 "$python" tests/benchmarks/blockdrop.py --model $deep --batch-size $((large / 16)) --batches 3
+job memory 40 "$python" tests/benchmarks/blockdrop.py --model $deep --batch-size $large --batches 1 --memory
 
 training=(-p model $deep -p batch_size 128 -p cv_dir "$work/cv/")
 notebook blockdrop_training 90 blockdrop_training "${training[@]}" -p skip_dropped False \
