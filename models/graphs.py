@@ -119,9 +119,9 @@ class Graphs:
             self.follow = Graph(eager.both, images, capture=capture)
             self.instead = Graph(eager.both, images, policy, capture=capture)
 
-    def both(self, images: Tensor, *policy: Tensor) -> tuple[Tensor, Tensor]:
+    def both(self, images: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits under the agent's policy, or a given one instead, and the policy."""
-        return self.instead(images, *policy) if policy else self.follow(images)
+        return self.follow(images) if policy is None else self.instead(images, policy)
 
 
 class SingleImage:
@@ -205,8 +205,10 @@ class SingleImage:
     def both(self, image: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits under the agent's policy, or a given one on the host instead, and the policy."""
         decided = self.decide(image)
-        policy = decided if policy is None else policy
-        return self.under(image, policy.cpu()), policy
+        on_host = decided.cpu()  # waited for, also where another policy is given
+        if policy is None:
+            return self.under(image, on_host), decided
+        return self.under(image, policy), policy
 
 
 def one_graph(step: Callable, device: torch.device, why_not: str | None = None) -> Callable:

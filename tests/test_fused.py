@@ -1,11 +1,10 @@
 """The ResNet in one kernel gives what its blocks give: on a GPU, or without one in Triton's interpreter."""
 
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 
 import pytest
 import torch
+from benchmarks.common import alone
 from test_networks import networks
 
 from models.inference import Eager, fold
@@ -24,14 +23,21 @@ TOLERANCE = {HALF: 0.003, BF16: 0.02}
 
 
 @pytest.mark.parametrize(
-    ("depth", "n", "dtype"),
-    [(8, 0, HALF), (8, 1, HALF), (8, PROGRAMS + 3, HALF), (14, 3, BF16), (20, 3, HALF)],
+    ("model", "n", "dtype"),
+    [
+        ("R8_SYN", 0, HALF),
+        ("R8_SYN", 1, HALF),
+        ("R8_SYN", PROGRAMS + 3, HALF),
+        ("R8_C100", 2, HALF),
+        ("R14_SYN", 3, BF16),
+        ("R20_SYN", 3, HALF),
+    ],
 )
 @torch.no_grad()
-def test_it_is_the_masked_forward(depth, n, dtype):
+def test_it_is_the_masked_forward(model, n, dtype):
     if dtype == BF16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter takes bf16 for whole numbers")
-    rnet = fold(networks(f"R{depth}_SYN", seed=depth)[0])
+    rnet = fold(networks(model)[0])
     images, policy = torch.rand(n, 3, 32, 32), torch.randint(2, (n, rnet.num_blocks)).float()
     policy[:1], policy[1:2], policy[2:3] = 1, 0, torch.arange(rnet.num_blocks) == rnet.num_blocks // 2
     fused = FusedResNet(rnet, dtype, DEVICE)
@@ -115,7 +121,6 @@ def compiled_for_h100():
 @pytest.mark.skipif(DEVICE == "cuda", reason="where there is a GPU, the other tests compile for it")
 def test_it_compiles_for_a_gpu_that_is_not_here(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        shared, code = process.submit(compiled_for_h100).result()
+    shared, code = alone(compiled_for_h100)
     assert PROGRAMS * (shared + 1024) <= 228 * 1024  # of a multiprocessor; it keeps 1 KiB per program
     assert "wgmma" in code  # on tensor cores

@@ -82,7 +82,6 @@ def rounds_of(
     One per prepared network, by its name, and one per k in `levels`, which runs the policy network and k
     random blocks of the ResNet per image.
     """
-
     inputs = images.split(size)
     calls = {name: (network, list(zip(inputs, strict=True))) for name, network in networks.items()}
     generator = torch.Generator().manual_seed(0)

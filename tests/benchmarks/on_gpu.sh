@@ -45,10 +45,10 @@ notebook() { # name of the job, seconds at most, notebook, settings
 
 if [[ $device == cuda ]]; then
     deep=R110_C10 shipped=(R20_SYN R32_C10 R110_C10) few=() some=() look=()
-    times=(--seconds 0.2) batches=(--batches 8 --epochs-at 128 512) large=2048
+    times=(--seconds 0.2 --kept 15) batches=(--batches 8 --epochs-at 128 512) large=2048
     job machine 30 bash -c "nvidia-smi; $python -c 'import torch, triton; print(torch.__version__, triton.__version__)'"
 else
-    deep=R8_SYN shipped=(R20_SYN) few=(-p max_images 100) some=(-k 8-1-) look=(-p seconds 0.01)
+    deep=R8_SYN shipped=(R20_SYN) few=(-p max_images 100) some=(-k R8_SYN-1-) look=(-p seconds 0.01)
     times=(--seconds 0.01 --kept 1 --batches 1 4) batches=(--batches 1 --epochs-at 16 32) large=32
 fi
 
@@ -57,10 +57,10 @@ job tests 300 "${pytest[@]}" tests/test_cuda.py -vv --tb=short --durations=10 "$
 if [[ $device == cuda ]] && command -v compute-sanitizer > /dev/null; then
     # Without PyTorch's memory cache, an access beyond a tensor is one beyond what was allocated.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 job sanitizer 90 \
-        compute-sanitizer --kernel-regex kns=_resnet --report-api-errors no --error-exitcode 9 "${pytest[@]}" -k "masked_forward and 8-5-"
+        compute-sanitizer --kernel-regex kns=_resnet --report-api-errors no --error-exitcode 9 "${pytest[@]}" -k "masked_forward and R8_SYN-5-"
 fi
 
-job inference 90 "$python" tests/benchmarks/inference.py --model $deep --kept 15 "${times[@]}"
+job inference 90 "$python" tests/benchmarks/inference.py --model $deep "${times[@]}"
 job epochs 70 "$python" tests/benchmarks/blockdrop.py --model $deep "${batches[@]}"
 
 job plain 60 "$python" tests/benchmarks/blockdrop.py --model $deep --batch-size $((large / 16)) --batches 3
