@@ -1,8 +1,8 @@
 """The notebooks' toolbox, under the original's names: networks, data, checkpoints, statistics, FLOPs."""
 
 import copy
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -42,9 +42,7 @@ def build_model(model: str) -> tuple[FlatResNet, Policy]:
     return rnet, agent
 
 
-def get_model(
-    model: str, device: torch.device | str, cv_dir: str | os.PathLike = "cv"
-) -> tuple[FlatResNet, Policy]:
+def get_model(model: str, device: torch.device | str, cv_dir: str | Path = "cv") -> tuple[FlatResNet, Policy]:
     """Return the ResNet with its standard weights and its untrained policy network, on `device`.
 
     See `models.lab.stages.load_sole`; for ImgNet, the policy network starts from torchvision's ResNet-18.

@@ -61,14 +61,8 @@ def step_functions(name: str, **replaced: object) -> SimpleNamespace:
 
 def run_python(*arguments: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
     """Run Python in a process of its own; return its exit status and what it printed, errors included."""
-    command, variables = [sys.executable, *arguments], os.environ | environment
     done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=variables,
-        text=True,
-        timeout=600,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+        [sys.executable, *arguments], cwd=cwd, env=os.environ | environment, text=True, timeout=600,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
     return done.returncode, done.stdout

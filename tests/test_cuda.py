@@ -3,12 +3,12 @@
 import contextlib
 import io
 import os
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from benchmarks.common import alone
 from running import NOTEBOOKS, ROOT
 from test_data import random_images
 from test_graphs import LR, STEPS, networks, take_steps
@@ -22,12 +22,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 DEVICE = torch.device("cuda")
 TOLERANCE = {"fp32": 1e-4, "tf32": 0.01, "bf16": 0.05, "fp16": 0.01}  # relative, of logits
-
-
-def in_own_process(function, *args):
-    """Return what a function of this module returns, called in a process that has not used CUDA."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(function, *args).result()
 
 
 def assert_close(found, expected, precision):
@@ -149,7 +143,7 @@ def fall_back():
 
 def test_a_step_that_asks_the_host_runs_as_it_is():
     """In a process of its own: what a failed capture leaves behind can't reach other tests."""
-    weights, printed = in_own_process(fall_back)
+    weights, printed = alone(fall_back)
     torch.testing.assert_close(weights[2:], weights[:2], rtol=1e-4, atol=1e-5)
     line, *_ = printed.splitlines()
     assert line.startswith("asking_step runs without CUDA graphs: ") and "captur" in line
@@ -176,5 +170,5 @@ def train_twice(folders):
 
 def test_deterministic_training_gives_the_same_weights_twice(tmp_path):
     """In a process of its own: CUDA must not have started before."""
-    first, second = in_own_process(train_twice, [str(tmp_path / name) for name in "ab"])
+    first, second = alone(train_twice, [str(tmp_path / name) for name in "ab"])
     assert first == second

@@ -7,7 +7,6 @@ before 1.6), torchvision's, and state dicts of our networks that other tools hav
 import argparse
 import hashlib
 import io
-import os
 import pickle
 import re
 import warnings
@@ -39,7 +38,7 @@ class CheckpointError(ValueError):
     """A file that is not a checkpoint, or not one of this network. Says which file, why, what next."""
 
 
-def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
+def save_checkpoint(path: str | Path, state: dict) -> Path:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`; return the path.
 
     A killed run or a full disk leaves what stood there before. Where several processes train together,
@@ -55,7 +54,7 @@ def save_checkpoint(path: str | os.PathLike, state: dict) -> Path:
     return path
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: str | Path) -> dict:
     """Return what a checkpoint file holds, tensors on the CPU.
 
     No code from the file is run. FileNotFoundError without it, CheckpointError for anything else in it.
@@ -101,24 +100,23 @@ def _check_archive(path: Path) -> None:
             raise zipfile.BadZipFile(f"{damaged} in it is damaged")
 
 
-def load_checkpoint(
-    path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Module | None = None
-) -> dict:
+def load_checkpoint(path: str | Path, rnet: nn.Module | None = None, agent: nn.Module | None = None) -> dict:
     """Load a checkpoint file into `rnet` and/or `agent`; return what else it holds, as plain values.
 
     Knows our files, the original's, torchvision's and bare state dicts. A network that is given must be in
     the file, and where the file names the model, it must be the network's. On any error the networks keep
     the weights they had. FileNotFoundError, CheckpointError.
     """
+    _, rest = load_states(path, rnet, agent)
+    for key, value in rest.items():  # tensors of one element and NumPy's numbers become Python's
+        if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+            rest[key] = value.item()
+    return rest
+
+
+def load_states(path: str | Path, rnet: nn.Module | None, agent: nn.Module | None) -> tuple[dict, dict]:
+    """Load a checkpoint into both networks, or into neither; return its state dicts, and the rest."""
     states, rest = split(read_checkpoint(path), path)
-    load_states(states, rest, path, rnet, agent)
-    return {key: _plain(value) for key, value in rest.items()}
-
-
-def load_states(
-    states: Mapping, rest: Mapping, path: str | os.PathLike, rnet: nn.Module | None, agent: nn.Module | None
-) -> None:
-    """Load what `split` returned of the checkpoint `path` into both networks, or into neither."""
     pairs = []
     for network, name in ((rnet, "resnet"), (agent, "agent")):
         if network is None:
@@ -132,6 +130,7 @@ def load_states(
         pairs.append((network, _fitted(network, states[name], f"the {name} in {path}")))
     for network, state in pairs:
         network.load_state_dict(state)
+    return states, rest
 
 
 def _model_of(content: Mapping) -> str | None:
@@ -162,7 +161,7 @@ def load_weights_to_flatresnet(
     return target
 
 
-def newest_checkpoint(folder: str | os.PathLike, prefix: str) -> Path | None:
+def newest_checkpoint(folder: str | Path, prefix: str) -> Path | None:
     """Return the file `<prefix>*.t7` in `folder` that was trained last; None where there is none.
 
     The files themselves say when they were saved; those that don't are older, and ordered by their epochs.
@@ -184,7 +183,7 @@ def fingerprint(*networks: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
-def split(content: Mapping, path: str | os.PathLike) -> tuple[dict[str, dict], dict]:
+def split(content: Mapping, path: str | Path) -> tuple[dict[str, dict], dict]:
     """Return the state dicts in a checkpoint, by the names `resnet` and `agent`, and the rest.
 
     CheckpointError for weights that are no state dict; `path` is named there.
@@ -252,10 +251,3 @@ def _problem(state: Mapping, expected: Mapping[str, Tensor]) -> str | None:
         if not value.to(wanted.dtype).isfinite().all():
             return f"{key} has values that are not finite"
     return None
-
-
-def _plain(value: object) -> object:
-    """Turn one-element tensors and NumPy numbers into Python numbers."""
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
-        return value.item()
-    return value

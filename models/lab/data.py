@@ -77,24 +77,15 @@ class Images(Dataset):
         """
         images, labels = self.images[indices[share]], self.labels[indices[share]]
         if self.augment:  # drawn on the CPU: the same for every device
-            n = len(indices)
-            top, left = torch.randint(2 * self.PADDING + 1, (2, n, 1), generator=generator)
-            flip = torch.rand(n, 1, generator=generator) < 0.5
-            places = (x[share].to(images.device, non_blocking=True) for x in (top, left, flip))
-            images = self._crop_and_flip(images, *places)
+            places = torch.randint(2 * self.PADDING + 1, (2, len(indices)), generator=generator)
+            flip = torch.rand(len(indices), 1, 1, 1, generator=generator) < 0.5
+            top, left, flip = (x[share].to(images.device, non_blocking=True) for x in (*places, flip))
+            height, width = images.shape[2:]
+            windows = F.pad(images, [self.PADDING] * 4).unfold(2, height, 1).unfold(3, width, 1)
+            crops = windows[torch.arange(len(images), device=images.device), :, top, left]
+            images = torch.where(flip, crops.flip(3), crops)
         inputs = images.to(torch.float32, memory_format=torch.channels_last).div_(255)
         return inputs.sub_(self.mean).div_(self.std), labels
-
-    def _crop_and_flip(self, images: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
-        """Return crops of images (n, 3, H, W) whose corners are `top` and `left` (n, 1), some flipped."""
-        n, _, height, width = images.shape
-        padded = F.pad(images, [self.PADDING] * 4)
-        rows = top + torch.arange(height, device=images.device)
-        columns = torch.arange(width, device=images.device)
-        columns = left + torch.where(flip, columns.flip(0), columns)
-        each = torch.arange(n, device=images.device)[:, None, None]
-        crops = padded[each, :, rows[:, :, None], columns[:, None, :]]  # (n, H, W, 3)
-        return crops.permute(0, 3, 1, 2)
 
     def subset(self, indices: Tensor | slice, augment: bool) -> "Images":
         """Return the images at `indices` (n,)."""
@@ -113,7 +104,7 @@ class Images(Dataset):
 
 
 def get_dataset(
-    model: str, root: str | os.PathLike = "data/", max_images: int | None = None
+    model: str, root: str | Path = "data/", max_images: int | None = None
 ) -> tuple[Dataset, Dataset]:
     """Return the training set (augmented) and the test set of a model name.
 
@@ -192,7 +183,7 @@ def _imagenet(root: Path, train: bool) -> Dataset:
 
 
 def split(
-    model: str, root: str | os.PathLike = "data/", max_images: int | None = None
+    model: str, root: str | Path = "data/", max_images: int | None = None
 ) -> tuple[Dataset, Dataset, Dataset]:
     """Return a model's training, held-out and test images; errors as in `get_dataset`.
 
@@ -217,7 +208,7 @@ def test_batch_size(model: str) -> int:
     return 100 if parse_model(model).dataset == "ImgNet" else 1000
 
 
-def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple[Tensor, Tensor]:
+def pixels_and_input(dataset: Dataset, source: int | str | Path) -> tuple[Tensor, Tensor]:
     """Return an image as pixels (H, W, 3) in bytes and as a network's input (3, H, W).
 
     `source`: its number in the data set, or a file, which is scaled and cut to the data set's size.
@@ -234,7 +225,7 @@ def pixels_and_input(dataset: Dataset, source: int | str | os.PathLike) -> tuple
     return torch.from_numpy(np.array(image)), transforms.Compose(to_input)(image)
 
 
-def _as_shown(path: str | os.PathLike) -> Image.Image:
+def _as_shown(path: str | Path) -> Image.Image:
     """Read a picture file as an image viewer shows it: upright, transparent parts white, 16 bits as 8."""
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
@@ -249,7 +240,7 @@ def _as_shown(path: str | os.PathLike) -> Image.Image:
 
 
 def _read(
-    path: str | os.PathLike, reader: Callable[..., Image.Image] = torchvision.datasets.folder.pil_loader
+    path: str | Path, reader: Callable[..., Image.Image] = torchvision.datasets.folder.pil_loader
 ) -> Image.Image:
     """Return a picture file's RGB image, by default with torchvision's reader."""
     try:

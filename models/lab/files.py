@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]  # of the repository
 
 
 @contextlib.contextmanager
-def explained(path: str | os.PathLike) -> Iterator[None]:
+def explained(path: str | Path) -> Iterator[None]:
     """Raise an error of the operating system in writing `path` as RuntimeError that says what to do."""
     try:
         yield

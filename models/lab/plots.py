@@ -430,7 +430,10 @@ def _draw_networks(
     axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str, model: str
 ) -> None:
     """Draw a model's networks by cost and accuracy, and a line through its sole ResNets."""
-    markers = {name: _marker(name, networks) for name in networks}
+    markers = {  # the rivals are sole ResNets too, or one policy with its own finetuning
+        name: "v" if found.get("finetuned") else NETWORKS.get(name, NETWORKS["sole"])["marker"]
+        for name, found in networks.items()
+    }
     for name, found in networks.items():
         y, error = 100 * found["accuracy"], 100 * found["error"]
         axes.errorbar(costs[name], y, error, fmt=markers[name], color=color, markersize=5)
@@ -438,10 +441,3 @@ def _draw_networks(
     soles.sort(key=costs.get)
     accuracies = [100 * networks[name]["accuracy"] for name in soles]
     axes.plot([costs[name] for name in soles], accuracies, "-", color=color, label=model)
-
-
-def _marker(name: str, networks: Mapping[str, Mapping]) -> str:
-    """Return a network's marker: the rivals are sole ResNets too, or one policy with its own finetuning."""
-    if name in NETWORKS:
-        return NETWORKS[name]["marker"]
-    return "v" if networks[name]["finetuned"] else NETWORKS["sole"]["marker"]

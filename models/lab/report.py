@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -31,14 +30,7 @@ class Report:
     not replace the report of all images. RuntimeError where the folder can't be written to.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike | None,
-        model: str,
-        device: str,
-        precision: str,
-        max_images: int | None,
-    ):
+    def __init__(self, folder: str | None, model: str, device: str, precision: str, max_images: int | None):
         self.folder = None if folder is None else Path(folder)
         usual = choose_precision("auto", torch.device(device), training=False)
         unusual = [precision] if precision != usual else []
@@ -102,7 +94,7 @@ def compared(numbers: Mapping) -> list[str]:
 def per_image(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
     """Write a network's time per image at a batch size."""
     time = numbers["times"][size][name]
-    unit, per_second = plots.time_unit(time["seconds"])
+    unit, per_second = plots.time_unit(numbers["times"][size]["sole"]["seconds"])
     low, middle, high = (three_digits(per_second * time[key]) for key in ("low", "seconds", "high"))
     return f"{middle} ({low} to {high}) {unit}" if quartiles else f"{middle} {unit}"
 
@@ -210,18 +202,15 @@ def verdict(numbers: Mapping) -> str:
         f"One policy for all images, without a policy network, has an accuracy of {percent['one_policy']}. "
         f"BlockDrop minus one policy: {POINTS.format(*numbers['better_than_one_policy'])} points."
     )
-    said += [_own_policy_words(numbers), _smaller_words(numbers)]
+    added = [f"{POINTS.format(*found['better_by'])} points ({name})"
+             for name, found in numbers["rivals"].items() if found["finetuned"]]  # fmt: skip
+    if added:
+        said.append(f"BlockDrop minus a ResNet finetuned for one policy: {', '.join(added)}.")
+    said.append(_smaller_words(numbers))
     if not numbers["like_for_like"]:
         said.append("The pair's file does not say that it started from this sole ResNet: not like for like.")
     said.append(numbers["busy"])
     return " ".join(filter(None, said))
-
-
-def _own_policy_words(numbers: Mapping) -> str:
-    """Say what BlockDrop adds to a ResNet that was finetuned for one policy alone."""
-    added = [f"{POINTS.format(*found['better_by'])} points ({name})"
-             for name, found in numbers["rivals"].items() if found["finetuned"]]  # fmt: skip
-    return f"BlockDrop minus a ResNet finetuned for one policy: {', '.join(added)}." if added else ""
 
 
 def _smaller_words(numbers: Mapping) -> str:

@@ -9,13 +9,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from models.lab.checkpoints import (
-    load_states,
-    load_weights_to_flatresnet,
-    newest_checkpoint,
-    read_checkpoint,
-    split,
-)
+from models.lab.checkpoints import load_states, load_weights_to_flatresnet, newest_checkpoint, read_checkpoint
 from models.lab.distributed import first_goes_first
 from models.lab.files import ROOT
 from models.lab.names import parse_model
@@ -41,10 +35,9 @@ class Stage(NamedTuple):
 TORCHVISION = Stage(None, (), [], [])
 
 
-def load(path: str | os.PathLike, rnet: nn.Module | None = None, agent: nn.Module | None = None) -> Stage:
+def load(path: str | Path, rnet: nn.Module | None = None, agent: nn.Module | None = None) -> Stage:
     """Return the stage that ended in a checkpoint, its weights loaded. Errors as in `load_checkpoint`."""
-    states, rest = split(read_checkpoint(path), path)
-    load_states(states, rest, path, rnet, agent)
+    states, rest = load_states(path, rnet, agent)
     return Stage(Path(path), tuple(states), rest.get("history", []), rest.get("lineage", []))
 
 
@@ -61,7 +54,7 @@ def load_networks(stage: Stage, features: Stage | None, rnet: nn.Module, agent: 
 
 
 def starting_point(
-    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | os.PathLike, max_images: int | None
+    model: str, start_from: str | None, trains_policy: bool, cv_dir: str | Path, max_images: int | None
 ) -> tuple[Stage, Stage | None]:
     """Return, and print, what BlockDrop's training starts from: a stage, and a ResNet for a policy's layers.
 
@@ -133,7 +126,7 @@ def sole_entry(lineage: Sequence[Mapping], model: str) -> Mapping | None:
     return found[-1] if found else None
 
 
-def find(cv_dir: str | os.PathLike, stage: str, model: str, hint: str | None = None) -> Path | None:
+def find(cv_dir: str | Path, stage: str, model: str, hint: str | None = None) -> Path | None:
     """Return the newest checkpoint of a stage's folder in `cv_dir`, else in `cv/`, whose weights ship.
 
     Without one: None, or FileNotFoundError that ends in the `hint`, which says what to do.
@@ -147,7 +140,7 @@ def find(cv_dir: str | os.PathLike, stage: str, model: str, hint: str | None = N
     return found
 
 
-def load_sole(model: str, rnet: FlatResNet, cv_dir: str | os.PathLike = "cv") -> Stage:
+def load_sole(model: str, rnet: FlatResNet, cv_dir: str | Path = "cv") -> Stage:
     """Load the sole ResNet's standard weights into `rnet`; return the stage that they come from.
 
     They are the newest `pk_*.t7` in `<cv_dir>/trained_rnet/<model>/`; for ImgNet without one,

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import errno
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +14,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 from tqdm.auto import tqdm
 
-from models.lab.checkpoints import (
-    CheckpointError,
-    fingerprint,
-    load_checkpoint,
-    read_checkpoint,
-    save_checkpoint,
-)
+from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint, save_checkpoint
 from models.lab.data import Loader, share_of
 from models.lab.device import autocast, mixed, seed_everything
 from models.lab.distributed import average_statistics, num_processes, rank, total
@@ -65,7 +58,7 @@ class Training:
     def __init__(
         self,
         stage: str,
-        folder: str | os.PathLike,
+        folder: str | Path,
         settings: Mapping[str, object],
         networks: Mapping[str, nn.Module],
         progress: Mapping[str, torch.optim.Optimizer | torch.optim.lr_scheduler.LRScheduler | nn.Module],
@@ -105,7 +98,8 @@ class Training:
         try:
             entry, history = state["lineage"][-1], state["history"]
             before, finished = entry["settings"], len(history) == entry["settings"]["epochs"]
-            parts = {} if finished else {name: state[name] for name in self.progress}
+            restored = self.networks | ({} if finished else self.progress)
+            saved = {name: state[name] for name in restored}
         except (KeyError, IndexError, TypeError):
             raise CheckpointError(f"{self.last} is of another kind of run: move it away") from None
         changed = ", ".join(
@@ -122,10 +116,9 @@ class Training:
         if changed:
             print(f"Settings changed since the last run ({changed}): starting afresh")
             return
-        load_checkpoint(self.last, self.networks.get("resnet"), self.networks.get("agent"))
         self.history, self.entry = history, entry
-        for name, part in parts.items():
-            self.progress[name].load_state_dict(part)
+        for name, part in restored.items():
+            part.load_state_dict(saved[name])
         if self.device.type == "cpu":  # undo what a step captured on CUDA needs
             optimizers = [x for x in self.progress.values() if isinstance(x, torch.optim.Optimizer)]
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
