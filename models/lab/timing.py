@@ -18,6 +18,7 @@ from models.lab.device import device_name, synchronize
 
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 200
 EARLIEST_END, KNOWN_TO = 10, 0.01  # rounds, and share of the median: measuring may end early
+SHORT = 0.01  # seconds of a call, from which on a GPU's caches make no difference
 CALIBRATION_ROUNDS = 50
 TRIAL_SECONDS = 0.2  # spent on each number of threads
 WATCHED_SECONDS = 0.5
@@ -34,12 +35,12 @@ def measure(
     """Return each function's {"seconds": median over rounds, "low", "high": quartiles, "mean", "rounds"}.
 
     A round calls each one once and waits for the device; every second round goes backward, so that a machine
-    that gets slower or faster is the same for all. One round warms up. On CUDA each call follows one that is
-    not timed: it finds code and weights in the caches, as where one network runs all the time. Rounds go on
-    until all together have taken `seconds` each, but at least 3: what is slow gets fewer rounds, not more
-    time. On a steady machine they end earlier: after 10 or more, once each function's quartiles, over the
-    root of the rounds, lie within 1 % of its median. Data should lie on the device already. Times are given
-    per part, such as an image, of the `parts` that a call computes.
+    that gets slower or faster is the same for all. One round warms up. On CUDA a call of less than 10 ms
+    follows one that is not timed: it finds code and weights in the caches, as where one network runs all the
+    time. Rounds go on until all together have taken `seconds` each, but at least 3: what is slow gets fewer
+    rounds, not more time. On a steady machine they end earlier: after 10 or more, once each function's
+    quartiles, over the root of the rounds, lie within 1 % of its median. Data should lie on the device
+    already. Times are given per part, such as an image, of the `parts` that a call computes.
     """
     times: dict[object, list[float]] = {name: [] for name in functions}
     order, end = list(functions), math.inf
@@ -52,7 +53,7 @@ def measure(
         if number > EARLIEST_END and all(_is_known(taken) for _, *taken in times.values()):
             break
         for name in order:
-            if on_cuda:
+            if on_cuda and times[name] and parts * times[name][-1] < SHORT:
                 functions[name]()
             synchronize(device)
             called = time.perf_counter()
