@@ -59,7 +59,7 @@ def test_shipped_weights_give_the_reports_numbers(shipped, request):
         assert accuracy(scores[name], loader) == pytest.approx(expected["accuracy"], abs=few)
     pair = stages.load(ROOT / found["checkpoint"])
     rivals = find_rivals(found["model"], pair, alone, ROOT / "cv")
-    assert rivals.keys() == found["rivals"].keys()
+    rivals = {name: rivals[name] for name in found["rivals"]}  # others were trained after the report
     if found["model"].endswith("_C10") and not request.config.getoption("--long"):
         rivals = {}  # they take a minute
     for name, rival in rivals.items():
