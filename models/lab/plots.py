@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from models.lab.timing import time_unit
+
 # Colors that people with any color vision tell apart, and that differ in gray.
 # Source: Okabe and Ito, "Color Universal Design", 2008.
 BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#808080"
@@ -64,11 +66,6 @@ def log_ticks(axis: Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
     axis.set_major_formatter("{x:.3g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def time_unit(seconds: float) -> tuple[str, float]:
-    """Return the unit in which times of about so many seconds read well, and how many a second has."""
-    return ("ms", 1e3) if seconds >= 1e-5 else ("µs", 1e6)
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int) -> None:

@@ -18,6 +18,7 @@ from models.lab import plots
 from models.lab.device import choose_precision
 from models.lab.files import ROOT, explained, written_whole
 from models.lab.statistics import standard_error
+from models.lab.timing import time_unit
 
 CHANCE_FACTOR = 1.5  # a network below so many times the chance level has not learned
 POINTS = "{:+.2f} ± {:.2f}"
@@ -94,7 +95,7 @@ def compared(numbers: Mapping) -> list[str]:
 def per_image(numbers: Mapping, size: str, name: str, quartiles: bool = True) -> str:
     """Write a network's time per image at a batch size."""
     time = numbers["times"][size][name]
-    unit, per_second = plots.time_unit(numbers["times"][size]["sole"]["seconds"])
+    unit, per_second = time_unit(numbers["times"][size]["sole"]["seconds"])
     low, middle, high = (three_digits(per_second * time[key]) for key in ("low", "seconds", "high"))
     return f"{middle} ({low} to {high}) {unit}" if quartiles else f"{middle} {unit}"
 

@@ -75,6 +75,11 @@ def _is_known(taken: Sequence[float]) -> bool:
     return high - low <= KNOWN_TO * median * math.sqrt(len(taken))
 
 
+def time_unit(seconds: float) -> tuple[str, float]:
+    """Return the unit in which times of about so many seconds read well, and how many a second has."""
+    return ("ms", 1e3) if seconds >= 1e-5 else ("µs", 1e6)
+
+
 def rounds_of(
     networks: Mapping[str, Callable], blockdrop: Prepared, levels: Iterable[int], images: Tensor, size: int
 ) -> dict[object, Callable[[], object]]:
