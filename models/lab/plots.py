@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
+from models.lab.names import parse_model
 from models.lab.timing import time_unit
 
 # Colors that people with any color vision tell apart, and that differ in gray.
@@ -22,6 +23,7 @@ WIDTH = 7.0  # inches, a column of text
 MANY_BLOCKS = 20  # from here on every fifth block is labelled
 MOST_CLASSES = 20  # of a picture with a row per class
 FEW_IMAGES = 20  # a mean over fewer is left out of a color scale
+MOST_BEHIND = 2.5  # points; where accuracy is drawn against cost, networks further behind are outside
 NETWORKS = {
     "sole": {"label": "sole ResNet", "color": "black", "marker": "o"},
     "blockdrop": {"label": "BlockDrop", "color": BLUE, "marker": "s"},
@@ -261,6 +263,8 @@ def blocks_by_class(found: Mapping[str, tuple[float, float]], overall: float, mo
     figure, axes = plt.subplots(figsize=(WIDTH, 1 + 0.2 * len(found)))
     axes.errorbar(means, range(len(found)), xerr=errors, fmt="o", color=BLUE, capsize=3)
     axes.axvline(overall, color="black", linestyle="--")
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, overall - 0.5), max(high, overall + 0.5))  # less than a block looks like little
     axes.set_yticks(range(len(found)), found)
     axes.set(title=f"{model}: blocks kept by class", ylim=(-0.5, len(found) - 0.5),
              xlabel="mean blocks kept ± standard error; dashed: all classes")  # fmt: skip
@@ -284,6 +288,9 @@ def confusion(counts: Tensor, means: Tensor, classes: Sequence[str], model: str)
     figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
     shown = np.ma.masked_array(means, counts < FEW_IMAGES)
     drawn = axes.imshow(shown, cmap="Blues")
+    low, high = drawn.get_clim()
+    # Less than a block looks like little, and the fewest blocks not like a cell without a color.
+    drawn.set_clim(low - 0.2 * max(1, high - low), max(high, low + 1))
     for i, j in counts.nonzero().tolist():
         color = "white" if shown[i, j] > np.mean(drawn.get_clim()) else "black"
         axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize="small", color=color)
@@ -377,7 +384,7 @@ def break_even_images(found: Mapping[int, Sequence[float]], extra: float, model:
         band(axes, images / 1e6, *(extra / 3600 * (images / n - 1) for n in (most, at, least)))
         axes.plot(at / 1e6, 0, "o", color="black")
         axes.axhline(0, color="black", linewidth=0.8, linestyle="-")
-        axes.set(title=f"batch {size}: paid for after {at / 1e6:.2g} million", xlim=(0, None),
+        axes.set(title=f"batch {size}: after about {at / 1e6:.2g} million images", xlim=(0, None),
                  xlabel="images classified (millions)", ylabel="hours won by BlockDrop")  # fmt: skip
     figure.suptitle(f"{model}: when BlockDrop's training has paid for itself")
     return figure
@@ -386,48 +393,58 @@ def break_even_images(found: Mapping[int, Sequence[float]], extra: float, model:
 def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[Mapping] = ()) -> Figure:
     """Draw accuracy against time per image, a panel per batch size, and against FLOPs; a color per model.
 
-    `reports`: the numbers of up to four models, as `blockdrop_inference.ipynb` writes them. A line connects
-    a model's sole ResNets by depth. `curve`: runs of `models.lab.sweep` of a single model.
+    `reports`: the numbers of up to four models, as `blockdrop_inference.ipynb` writes them; a row per data
+    set. A line connects a model's sole ResNets by depth, as far as they are about as accurate as BlockDrop.
+    `curve`: runs of `models.lab.sweep` of a single model.
     """
-    figure, (*panels, flops_panel) = plt.subplots(1, len(sizes) + 1, sharey=True, figsize=(WIDTH, 3.4))
+    datasets = list(dict.fromkeys(parse_model(report["model"]).dataset for report in reports))
+    shape, inches = (len(datasets), len(sizes) + 1), (WIDTH, 1.2 + 2.2 * len(datasets))
+    figure, rows = plt.subplots(*shape, squeeze=False, sharex="col", sharey="row", figsize=inches)
     units = [time_unit(max(report["times"][size]["sole"]["seconds"] for report in reports)) for size in sizes]
-    for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
-        networks = report["networks"] | report["rivals"]
-        for axes, size, (_, per_second) in zip(panels, sizes, units, strict=True):
-            times = {name: per_second * report["times"][size][name]["seconds"] for name in networks}
-            _draw_networks(axes, networks, times, color, report["model"])
-        flops = {name: found["flops"] / 1e6 for name, found in networks.items()}
-        _draw_networks(flops_panel, networks, flops, color, report["model"])
-    for axes, size, (unit, _) in zip(panels, sizes, units, strict=True):
-        axes.set(xscale="log", title=f"batch {size}", xlabel=f"time per image ({unit})")
-    flops_panel.set(xscale="log", title="FLOPs", xlabel="FLOPs per image (millions)")
-    for axes in (*panels, flops_panel):
-        log_ticks(axes.xaxis)
     known = [run for run in curve if "flops" in run]
     one_policies = [run["one_policy"] for run in known if "one_policy" in run]
+    accuracies = {name: [run["test_accuracy"] for run in known + one_policies] for name in datasets}
+    flops_panel = rows[-1, -1]  # what is drawn there without data stands in the legend alone
+    for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
+        networks, dataset = report["networks"] | report["rivals"], parse_model(report["model"]).dataset
+        costs = [
+            {name: per_second * report["times"][size][name]["seconds"] for name in networks}
+            for size, (_, per_second) in zip(sizes, units, strict=True)
+        ]
+        costs.append({name: found["flops"] / 1e6 for name, found in networks.items()})
+        for axes, cost in zip(rows[datasets.index(dataset)], costs, strict=True):
+            _draw_networks(axes, networks, cost, color)
+        flops_panel.plot([], [], "-", color=color, label=report["model"])
+        accuracies[dataset] += [found["accuracy"] for found in report["networks"].values()]
+    for axes, (dataset, some) in zip(rows[:, 0], accuracies.items(), strict=True):
+        bottom = max(axes.get_ylim()[0], 100 * min(some) - MOST_BEHIND)
+        axes.set(ylabel=f"{dataset}: accuracy (%)", ylim=(bottom, None))
+    titles = [f"batch {size}" for size in sizes] + ["FLOPs"]
+    labels = [f"time per image ({unit})" for unit, _ in units] + ["FLOPs per image (millions)"]
+    for top, bottom, title, label in zip(rows[0], rows[-1], titles, labels, strict=True):
+        top.set(xscale="log", title=title)
+        bottom.set_xlabel(label)
+        log_ticks(bottom.xaxis)
     for runs, style in ((known, "s:"), (one_policies, "v:")):
-        flops = [run["flops"] / 1e6 for run in runs]
-        accuracies = [100 * run["test_accuracy"] for run in runs]
-        flops_panel.plot(flops, accuracies, style, color=GRAY, markersize=4, zorder=1)
-    title = "accuracy against cost per image"
+        points = [(run["flops"] / 1e6, 100 * run["test_accuracy"]) for run in runs]
+        flops_panel.plot(*np.reshape(points, (-1, 2)).T, style, color=GRAY, markersize=4, zorder=1)
+    title = "accuracy on test images against cost per image"
     figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
-    panels[0].set_ylabel("accuracy on test images (%)")
-    # What is drawn without data stands in the legend alone.
     if known:
         flops_panel.plot([], [], ":", color=GRAY, label="other penalties")
     for name in ("sole", "blockdrop", "one_policy"):
         flops_panel.plot([], [], **NETWORKS[name] | {"color": "black", "linestyle": ""})
     if one_policies or any(rival["finetuned"] for report in reports for rival in report["rivals"].values()):
-        flops_panel.plot([], [], "v", color="black", label="one policy, finetuned")
+        flops_panel.plot([], [], "v", color="black", label="one policy or every block, finetuned")
     legend_below(figure, flops_panel, 4)
     return figure
 
 
 def _draw_networks(
-    axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str, model: str
+    axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str
 ) -> None:
     """Draw a model's networks by cost and accuracy, and a line through its sole ResNets."""
-    markers = {  # the rivals are sole ResNets too, or one policy with its own finetuning
+    markers = {  # the rivals are sole ResNets too, or finetuned for themselves
         name: "v" if found.get("finetuned") else NETWORKS.get(name, NETWORKS["sole"])["marker"]
         for name, found in networks.items()
     }
@@ -437,4 +454,4 @@ def _draw_networks(
     soles = [name for name in networks if markers[name] == NETWORKS["sole"]["marker"]]
     soles.sort(key=costs.get)
     accuracies = [100 * networks[name]["accuracy"] for name in soles]
-    axes.plot([costs[name] for name in soles], accuracies, "-", color=color, label=model)
+    axes.plot([costs[name] for name in soles], accuracies, "-", color=color)
