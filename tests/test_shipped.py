@@ -14,7 +14,7 @@ from models.lab.checkpoints import fingerprint
 from models.lab.device import choose_precision
 from models.lab.rivals import find_rivals
 
-REPORTS = sorted((ROOT / "results").glob("*_cpu.json"))
+REPORTS = [ROOT / "results" / f"{model}_cpu.json" for model in report.SHIPPED]
 CPU = torch.device("cpu")
 
 

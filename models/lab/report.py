@@ -22,6 +22,7 @@ from models.lab.timing import time_unit
 
 CHANCE_FACTOR = 1.5  # a network below so many times the chance level has not learned
 POINTS = "{:+.2f} ± {:.2f}"
+SHIPPED = ("R20_SYN", "R32_C10", "R110_C10")  # the models of the README's table
 
 
 class Report:
@@ -37,28 +38,30 @@ class Report:
         unusual = [precision] if precision != usual else []
         unusual += [f"{max_images}images"] if max_images is not None else []
         self.name = "_".join([model, device, *unusual])
+        self.pictures: list[str] = []
         if self.folder is not None:
             with explained(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 tempfile.TemporaryFile(dir=self.folder).close()
 
-    def picture(self, name: str, figure: Figure | None) -> None:
-        """Write a figure, if any, as SVG, letters as letters, and as PNG; show it."""
-        if figure is not None and self.folder is not None:
+    def picture(self, name: str, figure: Figure) -> None:
+        """Write a figure as SVG, letters as letters, and as PNG; show it."""
+        if self.folder is not None:
             path = self.folder / f"{self.name}_{name}"
             with explained(path):
                 figure.savefig(f"{path}.svg", metadata={"Date": None})
                 figure.savefig(f"{path}.png", metadata={"Software": None}, dpi=100)
+            self.pictures.append(f"![{name}]({path.name}.png)")
         plt.show()
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
-        """Write numbers as JSON, nan as null, a text as Markdown; return the files."""
+        """Write numbers as JSON, nan as null, a text and the pictures as Markdown; return the files."""
         if self.folder is None:
             return []
         plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
         contents = {
             self.folder / f"{self.name}.json": json.dumps(plain, indent=1, ensure_ascii=False),
-            self.folder / f"{self.name}.md": text,
+            self.folder / f"{self.name}.md": "\n\n".join([f"# {self.name}", text, *self.pictures]),
         }
         for path, content in contents.items():
             with written_whole(path) as file:
@@ -73,7 +76,7 @@ def figures(hits: Tensor, policies: Tensor, flops: Tensor) -> dict[str, float]:
         "accuracy": hits.mean().item(), "error": standard_error(hits),
         "blocks": blocks.mean().item(), "blocks_deviation": blocks.std(correction=0).item(),
         "blocks_minimum": int(blocks.min()), "policies": len(policies.unique(dim=0)),
-        "flops": flops.mean().item(), "flops_deviation": flops.std(correction=0).item(),
+        "flops": flops.mean().item(),
     }  # fmt: skip
 
 
@@ -215,19 +218,20 @@ def verdict(numbers: Mapping) -> str:
 
 
 def _smaller_words(numbers: Mapping) -> str:
-    """Name the smallest sole ResNet that is as accurate as BlockDrop, and say what it costs."""
+    """Name the smallest sole ResNet that is at most two standard errors behind BlockDrop, and its cost."""
     smaller = {name: found for name, found in numbers["rivals"].items() if not found["finetuned"]}
     if not smaller:
         return "There is no smaller sole ResNet to compare with."
-    as_accurate = [n for n, found in smaller.items() if found["better_by"][0] <= 2 * found["better_by"][1]]
-    accurate = "as accurate as BlockDrop within two standard errors"
-    if not as_accurate:
-        return f"No smaller sole ResNet ({', '.join(smaller)}) is {accurate}."
-    name, sizes = as_accurate[0], compared(numbers)
+    close = [n for n, found in smaller.items() if found["better_by"][0] <= 2 * found["better_by"][1]]
+    limit = "two standard errors behind BlockDrop"
+    if not close:
+        return f"Every smaller sole ResNet ({', '.join(smaller)}) is more than {limit}."
+    name, sizes = close[0], compared(numbers)
     times = [numbers["times"][size] for size in sizes]
     speeds = " and ".join(f"{t['blockdrop']['seconds'] / t[name]['seconds']:.2f}" for t in times)
-    words = f"{name} is the smallest sole ResNet that is {accurate}. It has {speeds} "
-    words += f"times BlockDrop's speed at batch {' and '.join(sizes)}."
+    minus = POINTS.format(*smaller[name]["better_by"])
+    words = f"The smallest sole ResNet at most {limit} is {name} (BlockDrop minus it: {minus} points). "
+    words += f"It has {speeds} times BlockDrop's speed at batch {' and '.join(sizes)}."
     own, sole, extra = smaller[name]["seconds"], numbers["training"]["sole"], numbers["training"]["extra"]
     if own and sole and extra is not None:
         words += f" Its training took {own:,.0f} s, BlockDrop's with its sole ResNet {sole + extra:,.0f} s"
@@ -268,7 +272,7 @@ def difficulty_words(numbers: Mapping) -> str:
 
 
 def readme_table(reports: Sequence[Mapping]) -> str:
-    """Return the README's table: a row per model and network."""
+    """Return the README's table, a row per model and network, and how it was measured."""
     columns = ["model", "network", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
                f"time per image, batch {'; '.join(compared(reports[0]))}"]  # fmt: skip
     rows = [
@@ -278,13 +282,19 @@ def readme_table(reports: Sequence[Mapping]) -> str:
         for report in reports
         for name, found in report["networks"].items()
     ]  # fmt: skip
-    return markdown_table(columns, rows)
+    machines = " and ".join(dict.fromkeys(f"{found['machine']}, {found['precision']}" for found in reports))
+    return (
+        f"{markdown_table(columns, rows)}\n\n{machines}; medians of one run per model. "
+        "± reflects the sampling of test images, not seeds. [Terms](results/README.md)."
+    )
 
 
 def main() -> None:
-    """Bring the README's table and picture up to date with the reports of CPUs in fp32 on all images."""
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results").glob("*_cpu.json")]
-    reports.sort(key=lambda report: report["blocks"])
+    """Bring the README's table and picture up to date with the reports of the models that ship, on CPUs."""
+    paths = [ROOT / "results" / f"{model}_cpu.json" for model in SHIPPED]
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    if len({tuple(compared(found)) for found in reports}) > 1:
+        raise ValueError("the reports compare different batch sizes: run the notebook with the same ones")
     readme = ROOT / "README.md"
     begin, end = "<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->"
     table = f"{begin}\n{readme_table(reports)}\n{end}"
