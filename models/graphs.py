@@ -175,7 +175,7 @@ class SingleImage:
         every_second = torch.arange(len(self.kept))[None] % 2
         for policy in (every_second, 1 - every_second):
             pairs.append((replayed(self.under, image, policy), eager.under(image, policy)))
-        if not agree(*zip(*pairs, strict=True)):
+        if not all(agree(*pair) for pair in pairs):
             raise RuntimeError("the captured steps gave other results")
 
     def alone(self, image: Tensor) -> Tensor:

@@ -131,9 +131,8 @@ def device_name(device: torch.device) -> str:
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def machine(device: torch.device | str) -> str:
+def machine(device: torch.device) -> str:
     """Describe what figures were measured on: the device, threads on a CPU, PyTorch's version."""
-    device = torch.device(device)
     number = torch.get_num_threads()
     threads = "1 thread" if number == 1 else f"{number} threads"
     threads = "" if device.type == "cuda" else f", {threads}"

@@ -21,7 +21,7 @@ GRACE = 5  # seconds; an error that all processes have is reported by the first 
 
 def join_processes(device: torch.device) -> None:
     """Join the other processes where `torchrun` started this one; only the first goes on printing."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or dist.is_initialized():
+    if not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     cuda = device.type == "cuda"
     dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE, device_id=device if cuda else None)

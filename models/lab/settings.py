@@ -87,21 +87,21 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     the first wrong setting, and for names that are no settings of the notebook.
     """
     names = names_of(notebook)
-    takes_recipe = "recipe" in names and as_meant("recipe", namespace["recipe"])
     # On the first call nothing but settings and imports has been defined: a further name was misspelled.
     if not namespace.get("_settings_read"):
         defined = [n for n, v in namespace.items() if not (callable(v) or isinstance(v, types.ModuleType))]
         refuse_unknown((n for n in defined if not n.startswith("_") and n not in ("In", "Out")), names)
     model = namespace["model"]
     parse_model(model)
-    recipe = read_recipe(notebook, model) if "recipe" in names else {}
-    if recipe is None:
-        if takes_recipe:
+    recipe = read_recipe(notebook, model)
+    if "recipe" in names:
+        takes_recipe = as_meant("recipe", namespace["recipe"])
+        if takes_recipe and not recipe:
             raise ValueError(f"{model} has no recipe in results/recipes/: set recipe = False")
-        print(f"{model} has no recipe in results/recipes/: these settings were not tuned for it")
-        recipe = {}
-    if takes_recipe:
-        namespace.update(recipe)
+        if not recipe:
+            print(f"{model} has no recipe in results/recipes/: these settings were not tuned for it")
+        if takes_recipe:
+            namespace.update(recipe)
     for name in names:
         namespace[name] = as_meant(name, namespace[name])
     others = [name for name in recipe if namespace[name] != recipe[name]]
@@ -121,11 +121,11 @@ def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
             raise ValueError(f"there is no setting {name!r}: do you mean {near[0]}?")
 
 
-def read_recipe(notebook: str, model: str) -> dict[str, object] | None:
-    """Return the settings in `results/recipes/<model>/<notebook>.yaml`; None without that file."""
+def read_recipe(notebook: str, model: str) -> dict[str, object]:
+    """Return the settings in `results/recipes/<model>/<notebook>.yaml`; none without that file."""
     path = RECIPES / model / f"{notebook}.yaml"
     if not path.is_file():
-        return None
+        return {}
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     refuse_unknown(recipe, names_of(notebook))
     return {name: as_meant(name, value) for name, value in recipe.items()}

@@ -49,8 +49,7 @@ def load_networks(stage: Stage, features: Stage | None, rnet: nn.Module, agent: 
     if features is not None:
         load_weights_to_flatresnet(read_checkpoint(features.path), agent.features, str(features.path))
     if stage.path is not None:
-        holds_resnet, holds_agent = (name in stage.holds for name in ("resnet", "agent"))
-        load(stage.path, rnet if holds_resnet else None, agent if holds_agent else None)
+        load(stage.path, rnet if "resnet" in stage.holds else None, agent if "agent" in stage.holds else None)
 
 
 def starting_point(

@@ -25,7 +25,7 @@ OWN = ("model", "start_from", "max_epochs_training", "penalty", "cv_dir")  # set
 def sweep(
     model: str,
     penalties: Sequence[float],
-    settings: Mapping[str, object] | None = None,
+    settings: Mapping[str, object],
     cv_dir: str | Path = "cv/",
     results_dir: str | Path = "results/",
     with_rivals: bool = False,
@@ -35,8 +35,8 @@ def sweep(
     `settings`: others of the notebook's, the same for all. FileNotFoundError without a trained ResNet
     and a trained policy, ValueError for a wrong setting.
     """
-    refuse_unknown(settings or {}, names_of(rivals.NOTEBOOK))
-    settings = {name: as_meant(name, value) for name, value in (settings or {}).items()}
+    refuse_unknown(settings, names_of(rivals.NOTEBOOK))
+    settings = {name: as_meant(name, value) for name, value in settings.items()}
     if own := [name for name in OWN if name in settings]:
         raise ValueError(f"a sweep sets {' and '.join(own)} itself: leave it out")
     penalties = [as_meant("penalty", penalty)[0] for penalty in penalties]

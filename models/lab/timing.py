@@ -89,17 +89,17 @@ def rounds_of(
     random blocks of the ResNet per image.
     """
     inputs = images.split(size)
-    calls = {name: (network, list(zip(inputs, strict=True))) for name, network in networks.items()}
+    calls = {name: functools.partial(_in_turn, network, inputs) for name, network in networks.items()}
     generator = torch.Generator().manual_seed(0)
     order = torch.rand(len(images), blockdrop.num_blocks, generator=generator).argsort(1)
     for k in levels:
         policies = (order < k).float().to(images.device).split(size)
-        calls[k] = (blockdrop, list(zip(inputs, policies, strict=True)))
-    return {name: functools.partial(_in_turn, *call) for name, call in calls.items()}
+        calls[k] = functools.partial(_in_turn, blockdrop, inputs, policies)
+    return calls
 
 
-def _in_turn(function: Callable, batches: Sequence[tuple[Tensor, ...]]) -> None:
-    for batch in batches:
+def _in_turn(function: Callable, *batches: Sequence[Tensor]) -> None:
+    for batch in zip(*batches, strict=True):
         function(*batch)
         synchronize(batch[0].device)
 
