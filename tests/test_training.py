@@ -252,6 +252,14 @@ def test_where_training_cannot_start(cv):
         stages.starting_point("R14_SYN", "auto", False, cv, None)
 
 
+def test_a_file_of_both_networks_needs_no_sole_resnet(tmp_path):
+    rnet, agent = networks("R26_SYN")
+    path = save_checkpoint(tmp_path / "ckpt_1.t7", {"resnet": rnet.state_dict(), "agent": agent.state_dict()})
+    networks_of = step_functions("blockdrop_training").networks_of
+    found = networks_of(stages.load(path), None, "R26_SYN", torch.device("cpu"), tmp_path, 0)
+    assert fingerprint(*found) == fingerprint(rnet, agent)
+
+
 def test_costs_are_sums_over_the_lineage():
     sole, eight = entry("sole", 100.0), entry("sole", 5.0, "R8_SYN")
     policy = [sole, entry("stochastic depth", 20.0), eight, entry("policy training", 10.0)]
