@@ -27,7 +27,7 @@ TOLERANCE = {HALF: 0.003, BF16: 0.02}
     [
         ("R8_SYN", 0, HALF),
         ("R8_SYN", 1, HALF),
-        ("R8_SYN", PROGRAMS + 3, HALF),
+        pytest.param("R8_SYN", PROGRAMS + 3, HALF, id="several_per_program"),
         ("R8_C100", 2, HALF),
         ("R14_SYN", 3, BF16),
         ("R20_SYN", 3, HALF),

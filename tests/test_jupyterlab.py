@@ -1,4 +1,4 @@
-"""Notebooks in JupyterLab, light and dark, in Chromium (`--browser`); `-s` prints where pictures lie."""
+"""Notebooks in JupyterLab, in Chromium (`--browser`); `-s` prints where pictures lie."""
 
 import json
 import os
@@ -12,8 +12,6 @@ import pytest
 from running import NOTEBOOKS, ROOT
 from test_notebooks import BLOCKDROP, INFERENCE, SOLE
 
-AFRESH = {"resume": False}  # the second theme trains again
-SETTINGS = (SOLE | AFRESH, BLOCKDROP | AFRESH, INFERENCE)
 MINUTE = 60_000  # milliseconds
 
 
@@ -35,21 +33,19 @@ def chromium(request):
 def folder(chromium, tmp_path_factory):
     """The project, its notebooks with small settings and without outputs."""
     folder = tmp_path_factory.mktemp("lab") / "project"
-    for part in ("models", "data/syn-v1", "results/recipes"):
-        shutil.copytree(ROOT / part, folder / part)
+    shutil.copytree(ROOT / "models", folder / "models")
     shutil.copy(ROOT / "utils.py", folder)
-    for name, settings in zip(NOTEBOOKS, SETTINGS, strict=True):
+    for name, settings in zip(NOTEBOOKS, (SOLE, BLOCKDROP, INFERENCE), strict=True):
         file = f"{name}.ipynb"
         papermill.execute_notebook(ROOT / file, folder / file, parameters=settings, prepare_only=True)
     return folder
 
 
-@pytest.fixture(scope="module", params=["JupyterLab Light", "JupyterLab Dark"])
-def lab(request, folder):
-    """A running JupyterLab in one of its themes: its address, and the theme."""
-    preferences = folder.parent / request.param
+@pytest.fixture(scope="module")
+def lab(folder):
+    """The address of a running JupyterLab."""
+    preferences = folder.parent / "preferences"
     for extension, settings in (
-        ("apputils-extension/themes", {"theme": request.param}),
         ("apputils-extension/notification", {"fetchNews": "false", "checkForUpdates": False}),
         # Otherwise only the cells in sight would be in the page.
         ("notebook-extension/tracker", {"windowingMode": "none"}),
@@ -67,17 +63,16 @@ def lab(request, folder):
     for line in server.stderr:
         if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+", line):
             break
-    yield found[0], request.param
+    yield found[0]
     server.terminate()
     server.communicate()
 
 
 def test_run_all(lab, chromium, folder):
     """Every notebook, by the menu's Run All: no error, no warning, bars and sliders drawn."""
-    address, theme = lab
     for name in NOTEBOOKS:
         page = chromium.new_page(viewport={"width": 1200, "height": 16_000})  # all of the notebook
-        page.goto(f"{address}/lab/tree/{name}.ipynb?reset")
+        page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
         page.locator(".jp-Notebook .jp-CodeCell").first.wait_for(timeout=MINUTE)
         page.get_by_text("| Idle", exact=False).first.wait_for(timeout=MINUTE)
         page.get_by_role("menuitem", name="Run", exact=True).click()
@@ -86,7 +81,6 @@ def test_run_all(lab, chromium, folder):
         last = cells.last.locator(".jp-InputPrompt").filter(has_text=f"[{cells.count()}]")
         last.wait_for(timeout=5 * MINUTE)
         page.wait_for_timeout(2000)  # the last widgets are drawn
-        assert page.locator("body").get_attribute("data-jp-theme-light") == str("Light" in theme).lower()
         output = page.locator(".jp-OutputArea-output")
         for wrong in ("application/vnd.jupyter.error", "application/vnd.jupyter.stderr"):
             assert page.locator(f'[data-mime-type="{wrong}"]').all_text_contents() == [], name
@@ -100,7 +94,7 @@ def test_run_all(lab, chromium, folder):
             box.fill("none.png")
             box.press("Enter")
             page.get_by_text("there is no image file none.png").wait_for(timeout=MINUTE)
-        picture = folder.parent / f"{name} {theme}.png"
+        picture = folder.parent / f"{name}.png"
         page.screenshot(path=picture)
         print(picture)
         page.close()

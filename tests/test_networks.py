@@ -84,10 +84,9 @@ def test_batch_norm_sees_the_images_that_keep_a_block(rnet, keeping):
     torch.testing.assert_close(block.bn2.running_mean, alone.blocks[0][1].bn2.running_mean)
 
 
-@pytest.mark.parametrize("policy", [torch.ones(2, 5), torch.ones(6), torch.ones(3, 6)])
-def test_policies_of_another_shape_are_refused(rnet, policy):
+def test_policies_of_another_shape_are_refused(rnet):
     with pytest.raises(ValueError, match="one row per image, one column per block"):
-        rnet(torch.rand(2, 3, 32, 32), policy)
+        rnet(torch.rand(2, 3, 32, 32), torch.ones(2, 5))
     with pytest.raises(ValueError, match=r"shape \(1, 5\), expected \(1, 6\)"):
         rnet.forward_single(torch.rand(1, 3, 32, 32), [1] * 5)
 

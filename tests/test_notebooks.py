@@ -9,12 +9,13 @@ from unittest.mock import Mock
 import nbformat
 import papermill
 import pytest
+import torch
 from running import NOTEBOOKS, ROOT, code_cells, run_cells, run_python
 
 import utils
 from models import inference
-from models.lab import data, plots, report, stages, sweep
-from models.lab.checkpoints import fingerprint
+from models.lab import data, plots, report, rivals, stages, sweep
+from models.lab.checkpoints import fingerprint, read_checkpoint
 from models.lab.training import Training
 from models.resnet import FlatResNet
 
@@ -84,6 +85,10 @@ def test_they_write_their_checkpoints_and_where_these_come_from(printed):
         assert found.lineage[:-1] == lineage and len(found.history) == 2
         lineage, networks = found.lineage, (rnet,) if number < 2 else (agent, rnet)
         assert lineage[-1]["weights"] == fingerprint(*networks)
+        if folder == "trained_policy":  # the ResNet was frozen
+            assert fingerprint(rnet) == lineage[-2]["weights"]
+        elif number:
+            assert lineage[-1]["settings"]["starting weights"] == lineage[-2]["weights"]
         assert lineage[-1]["seconds"] > 0 and lineage[-1]["settings"]["model"] == "R8_SYN"
     assert all(seconds > 0 for seconds in stages.costs(lineage, "R8_SYN").values())
 
@@ -93,18 +98,29 @@ def test_the_report_says_what_the_pair_gives(printed):
     found = json.loads(path.read_text(encoding="utf-8"))
     assert path.stem == "R8_SYN_cpu_300images" and found["images"] == 300 and found["blocks"] == 3
     rnet, agent = utils.build_model("R8_SYN")
-    utils.load_checkpoint(found["checkpoint"], rnet, agent)
+    tested = utils.load_checkpoint(found["checkpoint"], rnet, agent)
     _, testset = utils.get_dataset("R8_SYN", ROOT / "data", 300)
     ((images, labels),) = data.Loader(testset, 300, "cpu")
     logits, policy = inference.prepare(rnet, agent)(images)
     accuracy, blocks = (logits.argmax(1) == labels).float().mean().item(), policy.sum(1).mean().item()
     assert found["networks"]["blockdrop"]["accuracy"] == pytest.approx(accuracy, abs=0.0034)  # a tie of 300
     assert found["networks"]["blockdrop"]["blocks"] == pytest.approx(blocks, abs=0.01)
+    reward = torch.where(logits.argmax(1) == labels, 1 - policy.mean(1) ** 2, -2.5).mean().item()
+    assert [tested["acc"], tested["reward"]] == pytest.approx([accuracy, reward], abs=0.05)  # bf16's, maybe
     assert found["baselines"]["learned, per image"]["finetuned"] == pytest.approx(accuracy, abs=0.0034)
     assert all(len(list(path.parent.glob(f"{path.stem}_*.{kind}"))) >= 10 for kind in ("svg", "png"))
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert all(words in text for words in ("Distinct policies", "break-even in blocks", "At chance level"))
     assert "`R8_SYN`" in report.readme_table([found])
+
+
+def test_a_pair_without_a_lineage_is_reported(printed, without_pictures, at_root, tmp_path):
+    (path,) = (printed[1] / "cv" / "finetuned" / "R8_SYN").glob("ckpt_*.t7")
+    pair = read_checkpoint(path)
+    torch.save({name: pair[name] for name in ("agent", "resnet")}, tmp_path / "a.t7")
+    settings = {"start_from": str(tmp_path / "a.t7"), "precision": "bf16", "results_dir": None}
+    found = run_cells("blockdrop_inference", INFERENCE | settings)
+    assert "not like for like" in found["verdict"] and "training took is unknown" in found["verdict"]
 
 
 def test_no_widget_is_drawn_in_while_a_cell_runs(printed):
@@ -204,6 +220,13 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 1 and 0 <= found["sparsity"] <= 3
     assert found["flops"] > found["one_policy"]["flops"] > 0 and found["one_policy"]["policies"] == 1
+    pair, sole = (
+        stages.load(stages.find(printed[1] / "cv", folder, "R8_SYN"))
+        for folder in ("penalties/-3/finetuned", "trained_rnet")
+    )
+    (tmp_path / "one_policy").mkdir()
+    (tmp_path / "one_policy" / "equal_flops").symlink_to(printed[1] / "cv" / "penalties" / "-3_one_policy")
+    assert "equal FLOPs, finetuned" in rivals.find_rivals("R8_SYN", pair, sole, tmp_path)
     options = ("--penalties", "-0.5", "-p", "epoch", "1")
     _, refused = run_python("-m", "models.lab.sweep", "R8_SYN", *options)
     assert "there is no setting 'epoch': do you mean" in refused

@@ -118,9 +118,8 @@ def print_epochs(args, device: torch.device, precision: str) -> None:
     for size in args.epochs_at:
         for stage, seconds in seconds_a_step(args, size, device, precision).items():
             epoch = seconds * math.ceil(EPOCH / size)
-            print(
-                f"batch {size:4}, {stage}: {1000 * seconds:.1f} ms a step, {epoch:.1f} s an epoch", flush=True
-            )
+            words = f"{1000 * seconds:.1f} ms per step, {epoch:.1f} s per {EPOCH:,} images"
+            print(f"batch {size:4}, {stage}: {words}", flush=True)
 
 
 def turn(args, plain: bool, stage: str, cl_step: int):

@@ -69,7 +69,6 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=17, help="blocks that policies keep, about")
     parser.add_argument("--batches", type=int, nargs="+", help="batch sizes",
                         default=[1, 16, 64, 256, 1024, 4096] if on_cuda else [1, 256])  # fmt: skip
-    parser.add_argument("--precisions", nargs="+", default=precisions, choices=inference.DTYPES)
     parser.add_argument("--seconds", type=float, default=4, help="spent on each measurement")
     args = parser.parse_args()
 
@@ -84,11 +83,11 @@ def main() -> None:
         keep_about(args.kept, agent, torch.rand(4 * POOL, 3, size, size, device=device))
     nets = {
         precision: [inference.prepare(rnet, policy_network, precision) for policy_network in (None, agent)]
-        for precision in args.precisions
+        for precision in precisions
     }
     for num_images in args.batches:
         images = torch.rand(max(num_images, POOL), 3, size, size, device=device)
-        policies = nets[args.precisions[0]][1].decide(images)
+        policies = nets[precisions[0]][1].decide(images)
         nearest = (policies.sum(1) - args.kept).abs().argsort()[:num_images]
         images, policy = images[nearest], policies[nearest]
         ways = ways_to_run(rnet, agent, images, policy, nets)

@@ -11,8 +11,8 @@ machine has it. blockdrop.py --epochs-at times this step beside those of the oth
 `--epochs` trains both in full with each of `--seeds`, ours on small crops only where `--small-crops` says so,
 and prints accuracies on images that neither has seen, and the mean of their differences: many images, for
 less chance, since nothing is tuned by them. Of CIFAR they are the held-out and the test images together, of
-SYN 10,000 drawn anew. Each loop has a process of its own, the plain one as PyTorch sets it up; peak memory is
-measured in one that runs ours.
+SYN 10,000 drawn anew. Both loops follow this script's schedule. Each has a process of its own, the plain one
+as PyTorch sets it up; peak memory is measured in one that runs ours.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def setup(args, plain: bool, seed: int):
     loader = Loader(trainset, args.batch_size, device, shuffle=True)
     loader.generator.manual_seed(seed)
     rnet.to(memory_format=torch.channels_last)
-    precision = choose_precision(args.precision, device)
+    precision = choose_precision("auto", device)
     sole_step = one_graph(step_functions("rnet_sole").sole_step, device)
 
     def step(images, labels):
@@ -156,10 +156,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=0, help="train both in full instead")
     parser.add_argument("--small-crops", type=float, default=0, help="share of ours' epochs on small crops")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42], help="several with --epochs only")
-    parser.add_argument("--precision", default="auto", choices=("auto", "bf16", "fp32"), help="of ours")
     args = parser.parse_args()
     device = choose_device()
-    precision = choose_precision(args.precision, device)
+    precision = choose_precision("auto", device)
     print(f"{args.model}, batch {args.batch_size}, {machine(device)}, ours in {precision}", flush=True)
     if args.epochs:
         train_both(args)
