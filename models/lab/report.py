@@ -38,7 +38,7 @@ class Report:
         unusual = [precision] if precision != usual else []
         unusual += [f"{max_images}images"] if max_images is not None else []
         self.name = "_".join([model, device, *unusual])
-        self.pictures: list[str] = []
+        self.pictures: dict[str, str] = {}  # by name, as Markdown
         if self.folder is not None:
             with explained(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class Report:
             with explained(path):
                 figure.savefig(f"{path}.svg", metadata={"Date": None})
                 figure.savefig(f"{path}.png", metadata={"Software": None}, dpi=100)
-            self.pictures.append(f"![{name}]({path.name}.png)")
+            self.pictures[name] = f"![{name}]({path.name}.png)"
         plt.show()
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
@@ -61,7 +61,7 @@ class Report:
         plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
         contents = {
             self.folder / f"{self.name}.json": json.dumps(plain, indent=1, ensure_ascii=False),
-            self.folder / f"{self.name}.md": "\n\n".join([f"# {self.name}", text, *self.pictures]),
+            self.folder / f"{self.name}.md": "\n\n".join([f"# {self.name}", text, *self.pictures.values()]),
         }
         for path, content in contents.items():
             with written_whole(path) as file:
