@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -81,43 +80,52 @@ def copies(results: object) -> object:
 
 
 class Graph:
-    """A function of tensors, captured as one CUDA graph for tensors like the `examples`.
+    """A function captured as one CUDA graph: called with other tensors of the same shapes, it replays.
 
-    RuntimeError where that fails, or where the graph gives other results.
+    Arguments that are no tensors stay those of the capture. RuntimeError where that fails.
     """
 
-    def __init__(self, function: Callable, *examples: Tensor, capture: Capture):
-        self.inputs = [example.clone(memory_format=torch.contiguous_format) for example in examples]
+    def __init__(self, function: Callable, *args: object, capture: Capture):
+        self.inputs = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
 
         def run() -> None:
             self.results = function(*self.inputs)
 
         self.replay = capture(run)
-        others = [1 - example for example in examples]
-        if not agree(self(*others), function(*others)):
-            raise RuntimeError("the captured function gave other results")
 
-    def __call__(self, *inputs: Tensor) -> object:
-        for kept, given in zip(self.inputs, inputs, strict=True):
-            kept.copy_(given)
+    def __call__(self, *args: object) -> object:
+        for kept, given in zip(self.inputs, args, strict=True):
+            if isinstance(given, Tensor):
+                kept.copy_(given)
         self.replay()
         return copies(self.results)
 
 
 class Graphs:
-    """A `models.inference.Eager` that needs nothing from the host, captured for one shape of batch."""
+    """A `models.inference.Eager` that needs nothing from the host, captured for one shape of batch.
+
+    RuntimeError where that fails, or gives other results.
+    """
 
     def __init__(self, eager, images: Tensor, capture: Capture):
-        blocks = torch.arange(eager.resnet.num_blocks, device=images.device)
+        def graph(function: Callable, *examples: Tensor) -> Graph:
+            found = Graph(function, *examples, capture=capture)
+            others = [1 - example for example in examples]
+            if not agree(found(*others), function(*others)):
+                raise RuntimeError("the captured function gave other results")
+            return found
+
+        images = images.contiguous()  # as the kernel takes them
         # Compared under 1 - policy: there, too, some blocks run.
-        policy = (blocks % 2).float().expand(len(images), -1)
+        policy = torch.arange(eager.resnet.num_blocks, device=images.device) % 2
+        policy = policy.float().repeat(len(images), 1)
         if eager.agent is None:
-            self.alone = Graph(eager.alone, images, capture=capture)
-            self.under = Graph(eager.under, images, policy, capture=capture)
+            self.alone = graph(eager.alone, images)
+            self.under = graph(eager.under, images, policy)
         else:
-            self.decide = Graph(eager.decide, images, capture=capture)
-            self.follow = Graph(eager.both, images, capture=capture)
-            self.instead = Graph(eager.both, images, policy, capture=capture)
+            self.decide = graph(eager.decide, images)
+            self.follow = graph(eager.both, images)
+            self.instead = graph(eager.both, images, policy)
 
     def both(self, images: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits under the agent's policy, or a given one instead, and the policy."""
@@ -238,7 +246,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable, device: torch.device, capture: Capture):
         self.step, self.device, self.capture = step, device, capture
-        self.graphs: dict[tuple, SimpleNamespace] | None = {}
+        self.graphs: dict[tuple, Graph] | None = {}
 
     def __call__(self, *args: object) -> object:
         if self.graphs is None:
@@ -252,33 +260,22 @@ class CapturedStep:
                 self.graphs = None
             if self.graphs is None:  # not above, where the error still holds the failed step's tensors
                 return self.step(*args)
-        graph = self.graphs[key]
-        for kept, given in zip(graph.inputs, args, strict=True):
-            if isinstance(given, Tensor):
-                kept.copy_(given)
-        graph.replay()
-        return copies(graph.results)
+        return self.graphs[key](*args)
 
-    def _captured(self, args: tuple) -> SimpleNamespace:
-        """Return the inputs that a graph reads, what replays it, and the results that it overwrites."""
-        graph = SimpleNamespace(inputs=[arg.clone() if isinstance(arg, Tensor) else arg for arg in args])
-
-        def run() -> None:
-            graph.results = self.step(*graph.inputs)
-
+    def _captured(self, args: tuple) -> Graph:
+        """Return the step as a graph; its warming up leaves weights, optimizers and random numbers alone."""
         parts = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
         _move_to_device([part for part in parts if isinstance(part, torch.optim.Optimizer)], self.device)
         # Detached: a copy with a gradient would tie the weight's gradient to this stream, not the capture's.
         before = {id(tensor): tensor.detach().clone() for tensor in _state(parts)}
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                graph.replay = self.capture(run)
+                return Graph(self.step, *args, capture=self.capture)
         finally:
             with torch.no_grad():
                 for tensor in _state(parts):
                     # New are the optimizers' means of gradients, which start from 0.
                     tensor.copy_(before[id(tensor)] if id(tensor) in before else torch.zeros_like(tensor))
-        return graph
 
 
 def _key(arg: object) -> object:

@@ -6,7 +6,7 @@ from running import step_functions
 
 import utils
 from models import inference
-from models.graphs import CapturedStep, Graph, Graphs, SingleImage, one_graph
+from models.graphs import CapturedStep, Graphs, SingleImage, one_graph
 from models.lab.device import choose_device, seed_everything
 from models.lab.training import one_cycle
 
@@ -143,4 +143,4 @@ def test_a_step_that_does_nothing_is_noticed(policy_too):
     with pytest.raises(RuntimeError, match="gave other results"):
         SingleImage(net.eager, image, lambda step: step if next(before, None) else lambda: None)
     with pytest.raises(RuntimeError, match="gave other results"):
-        Graph(net.eager.under, image, torch.ones(1, 9), capture=lambda run: run() or (lambda: None))
+        Graphs(net.eager, image, lambda run: run() or (lambda: None))
