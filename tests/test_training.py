@@ -252,7 +252,8 @@ def test_where_training_cannot_start(cv):
         stages.starting_point("R14_SYN", "auto", False, cv, None)
 
 
-def test_a_file_of_both_networks_needs_no_sole_resnet(tmp_path):
+def test_a_file_of_both_networks_needs_no_sole_resnet(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "SHIPPED", tmp_path)
     rnet, agent = networks("R26_SYN")
     path = save_checkpoint(tmp_path / "ckpt_1.t7", {"resnet": rnet.state_dict(), "agent": agent.state_dict()})
     networks_of = step_functions("blockdrop_training").networks_of

@@ -405,6 +405,9 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
     one_policies = [run["one_policy"] for run in known if "one_policy" in run]
     accuracies = {name: [run["test_accuracy"] for run in known + one_policies] for name in datasets}
     flops_panel = rows[-1, -1]  # what is drawn there without data stands in the legend alone
+    for runs, style in ((known, "s:"), (one_policies, "v:")):
+        points = [(run["flops"] / 1e6, 100 * run["test_accuracy"]) for run in runs]
+        flops_panel.plot(*np.reshape(points, (-1, 2)).T, style, color=GRAY, markersize=4, zorder=1)
     for report, color in zip(reports, (BLUE, ORANGE, GREEN, PINK), strict=False):
         networks, dataset = report["networks"] | report["rivals"], parse_model(report["model"]).dataset
         costs = [
@@ -415,7 +418,7 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
         for axes, cost in zip(rows[datasets.index(dataset)], costs, strict=True):
             _draw_networks(axes, networks, cost, color)
         flops_panel.plot([], [], "-", color=color, label=report["model"])
-        accuracies[dataset] += [found["accuracy"] for found in report["networks"].values()]
+        accuracies[dataset] += [n["accuracy"] - n["error"] for n in report["networks"].values()]
     for axes, (dataset, some) in zip(rows[:, 0], accuracies.items(), strict=True):
         bottom = max(axes.get_ylim()[0], 100 * min(some) - MOST_BEHIND)
         axes.set(ylabel=f"{dataset}: accuracy (%)", ylim=(bottom, None))
@@ -425,9 +428,6 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
         top.set(xscale="log", title=title)
         bottom.set_xlabel(label)
         log_ticks(bottom.xaxis)
-    for runs, style in ((known, "s:"), (one_policies, "v:")):
-        points = [(run["flops"] / 1e6, 100 * run["test_accuracy"]) for run in runs]
-        flops_panel.plot(*np.reshape(points, (-1, 2)).T, style, color=GRAY, markersize=4, zorder=1)
     title = "accuracy on test images against cost per image"
     figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
     if known:

@@ -38,6 +38,7 @@ class Report:
         unusual = [precision] if precision != usual else []
         unusual += [f"{max_images}images"] if max_images is not None else []
         self.name = "_".join([model, device, *unusual])
+        self.title = f"BlockDrop against the sole ResNet: {model}, {' '.join([device, *unusual])}"
         self.pictures: dict[str, str] = {}  # by name, as Markdown
         if self.folder is not None:
             with explained(self.folder):
@@ -51,7 +52,7 @@ class Report:
             with explained(path):
                 figure.savefig(f"{path}.svg", metadata={"Date": None})
                 figure.savefig(f"{path}.png", metadata={"Software": None}, dpi=100)
-            self.pictures[name] = f"![{name}]({path.name}.png)"
+            self.pictures[name] = f"![{name.replace('_', ' ')}]({path.name}.png)"
         plt.show()
 
     def write(self, numbers: Mapping, text: str) -> list[Path]:
@@ -61,7 +62,7 @@ class Report:
         plain = json.loads(json.dumps(numbers), parse_constant=lambda _: None)
         contents = {
             self.folder / f"{self.name}.json": json.dumps(plain, indent=1, ensure_ascii=False),
-            self.folder / f"{self.name}.md": "\n\n".join([f"# {self.name}", text, *self.pictures.values()]),
+            self.folder / f"{self.name}.md": "\n\n".join([f"# {self.title}", text, *self.pictures.values()]),
         }
         for path, content in contents.items():
             with written_whole(path) as file:
@@ -293,12 +294,16 @@ def main() -> None:
     """Bring the README's table and picture up to date with the reports of the models that ship, on CPUs."""
     paths = [ROOT / "results" / f"{model}_cpu.json" for model in SHIPPED]
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if len({tuple(compared(found)) for found in reports}) > 1:
-        raise ValueError("the reports compare different batch sizes: run the notebook with the same ones")
+    sizes = {report["model"]: " and ".join(compared(report)) for report in reports}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the reports compare different batch sizes, {sizes}: measure the same ones")
     readme = ROOT / "README.md"
     begin, end = "<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->"
     table = f"{begin}\n{readme_table(reports)}\n{end}"
-    text = re.sub(f"{begin}.*{end}", table, readme.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = readme.read_text(encoding="utf-8")
+    if not re.search(f"{begin}.*{end}", text, re.DOTALL):
+        raise ValueError(f"{readme} has no lines {begin} and {end}: put them around the table's place")
+    text = re.sub(f"{begin}.*{end}", table, text, flags=re.DOTALL)
     with written_whole(readme) as file:
         file.write(text.encode())
     plots.use_style()

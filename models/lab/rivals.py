@@ -100,11 +100,11 @@ def _finetunings(stage: stages.Stage) -> list[dict]:
 def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: Path) -> Path:
     """Run the training notebook with checkpoints in `out`; return the pair's file.
 
-    The sole ResNet is that in `cv_dir`; FileNotFoundError without one.
+    The sole ResNet, for a start without a ResNet, is that in `cv_dir`.
     """
     folder = out / "trained_rnet" / model
     folder.mkdir(parents=True, exist_ok=True)
-    if sole := stages.find(cv_dir, "trained_rnet", model, stages.sole_hint(model)):
+    if sole := stages.find(cv_dir, "trained_rnet", model):
         shutil.copy2(sole, folder)
     given = {**settings, "model": model, "cv_dir": str(out.resolve())}
     papermill.execute_notebook(ROOT / f"{NOTEBOOK}.ipynb", out / f"{model}.ipynb", given, cwd=ROOT)

@@ -93,7 +93,7 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
         refuse_unknown((n for n in defined if not n.startswith("_") and n not in ("In", "Out")), names)
     model = namespace["model"]
     parse_model(model)
-    recipe = read_recipe(notebook, model)
+    recipe = read_recipe(notebook, model) if "recipe" in names else {}
     if "recipe" in names:
         takes_recipe = as_meant("recipe", namespace["recipe"])
         if takes_recipe and not recipe:

@@ -32,8 +32,8 @@ def sweep(
 ) -> Path:
     """Finetune `model` with each penalty; return the JSON file with what each one reached.
 
-    `settings`: others of the notebook's, the same for all. FileNotFoundError without a trained ResNet
-    and a trained policy, ValueError for a wrong setting.
+    `settings`: others of the notebook's, the same for all. FileNotFoundError without a trained policy,
+    ValueError for a wrong setting.
     """
     refuse_unknown(settings, names_of(rivals.NOTEBOOK))
     settings = {name: as_meant(name, value) for name, value in settings.items()}
