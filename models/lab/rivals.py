@@ -91,10 +91,13 @@ def _images_of(entry: Mapping) -> tuple:
 
 
 def _finetunings(stage: stages.Stage) -> list[dict]:
-    """Return the settings of each finetuning, but for those that a single policy needs otherwise."""
+    """Return the settings of each finetuning, but for those that a single policy needs otherwise.
+
+    Older files also hold what are constants now, and not `deterministic`.
+    """
     settings = [entry["settings"] for entry in stage.lineage if entry["stage"] == "finetuning"]
-    own = ("lr_policy", "alpha", "starting weights")
-    return [{name: value for name, value in each.items() if name not in own} for each in settings]
+    names = {*names_of(NOTEBOOK), "epochs"} - {"lr_policy", "alpha", "deterministic"}
+    return [{name: each.get(name) for name in names} for each in settings]
 
 
 def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: Path) -> Path:
