@@ -300,10 +300,10 @@ def main() -> None:
     readme = ROOT / "README.md"
     begin, end = "<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->"
     table = f"{begin}\n{readme_table(reports)}\n{end}"
-    text = readme.read_text(encoding="utf-8")
-    if not re.search(f"{begin}.*{end}", text, re.DOTALL):
+    old = readme.read_text(encoding="utf-8")
+    text, found = re.subn(f"{begin}.*{end}", table, old, flags=re.DOTALL)
+    if not found:
         raise ValueError(f"{readme} has no lines {begin} and {end}: put them around the table's place")
-    text = re.sub(f"{begin}.*{end}", table, text, flags=re.DOTALL)
     with written_whole(readme) as file:
         file.write(text.encode())
     plots.use_style()
