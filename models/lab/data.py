@@ -134,7 +134,13 @@ def _first(dataset: Dataset, max_images: int) -> Dataset:
 
 
 def _cifar(model: str, root: Path, train: bool) -> Images:
-    cifar = torchvision.datasets.CIFAR100 if model.endswith("C100") else torchvision.datasets.CIFAR10
+    images, labels, classes = _read_cifar(parse_model(model).dataset, root, train)
+    return Images(images, labels, classes, R32_C10_STATISTICS if model == "R32_C10" else None, augment=train)
+
+
+@functools.lru_cache(maxsize=2)  # training and test images: reading them takes a second, networks share them
+def _read_cifar(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
+    cifar = torchvision.datasets.CIFAR100 if dataset == "C100" else torchvision.datasets.CIFAR10
     try:
         data = cifar(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
@@ -146,8 +152,7 @@ def _cifar(model: str, root: Path, train: bool) -> Images:
             f"the network, or unpack {cifar.url.rsplit('/', 1)[-1]} into {root}"
         ) from error
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
-    statistics = R32_C10_STATISTICS if model == "R32_C10" else None
-    return Images(images, torch.tensor(data.targets), data.classes, statistics, augment=train)
+    return images, torch.tensor(data.targets), data.classes
 
 
 def _syn(root: Path, train: bool) -> Images:
