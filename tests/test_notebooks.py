@@ -195,9 +195,9 @@ def test_cells_run_once_or_twice_give_the_same_and_another_seed_gives_others(wit
     assert all(one != other for one, other in zip(found[1][0], others, strict=True))
 
 
-@pytest.mark.parametrize("skip_dropped", [True, False])
+@pytest.mark.parametrize(("skip_dropped", "skips"), [("auto", True), (False, False)])
 def test_small_crops_come_first_and_dropped_blocks_are_skipped_or_hidden(
-    without_pictures, tmp_path, monkeypatch, skip_dropped
+    without_pictures, tmp_path, monkeypatch, skip_dropped, skips
 ):
     random_crop, forward, skipped = Mock(wraps=data.random_crop), FlatResNet.forward, set()
 
@@ -208,10 +208,10 @@ def test_small_crops_come_first_and_dropped_blocks_are_skipped_or_hidden(
 
     monkeypatch.setattr(data, "random_crop", random_crop)
     monkeypatch.setattr(FlatResNet, "forward", recorded_forward)
-    train(tmp_path, {"small_crops": 0.5}, {"skip_dropped": skip_dropped})
+    train(tmp_path, {"small_crops": 0.5}, {"skip_dropped": skip_dropped, "device": "cpu"})
     shares = [call.args[1] for call in random_crop.call_args_list]
     assert shares == ([0.75] * 5 + [1] * 5) * 3  # of policy training, which sees whole images, none
-    assert skipped == {skip_dropped}
+    assert skipped == {skips}
 
 
 def test_penalties_are_compared(printed, at_root, tmp_path):

@@ -26,6 +26,7 @@ class Rule(NamedTuple):
     high: float = math.inf
     below: bool = False  # `high` itself is out
     none: bool = False
+    auto: bool = False
     several: float = 1  # 2: one value per stage; math.inf: a list
 
 
@@ -56,7 +57,7 @@ RULES = {
     "temperature": Rule("t", "number", 0.02, 1, several=2),
     "beta": Rule("t", "number", 0),
     "curriculum": Rule("t", "whole", 0),
-    "skip_dropped": Rule("t", "switch"),
+    "skip_dropped": Rule("t", "switch", auto=True),
     "seed": Rule("st", "whole"),
     "deterministic": Rule("st", "switch"),
     "precision": Rule("sti", "text"),
@@ -136,6 +137,8 @@ def as_meant(name: str, value: object) -> object:
     rule = RULES[name]
     if rule.none and value in (None, "None"):
         return None
+    if rule.auto and value == "auto":
+        return value
     if rule.several == 1:
         return _one(name, value, rule)
     value = _literal(value)
@@ -167,7 +170,7 @@ def _one(name: str, value: object, rule: Rule) -> object:
     if fits and number:
         fits = rule.low <= value <= rule.high and not (rule.below and value == rule.high)
     if not fits:
-        expected = KINDS.get(rule.kind, "a text in quotes")
+        expected = KINDS.get(rule.kind, "a text in quotes") + ', or "auto"' * rule.auto
         if rule.low > -math.inf:
             expected += f", {rule.low:g} or more"
         if rule.high < math.inf:
