@@ -21,6 +21,7 @@ from models.resnet import FlatResNet, FlatResNet32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED_TOLERANCE = {"bf16": 0.05, "fp16": 0.01}  # relative, against the blocks one by one
 MOST_SHAPES = 16  # of batches, whose CUDA graphs are kept
+_on_cuda = threading.Lock()  # held by a call: how PyTorch multiplies fp32 is the same for all threads
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -136,8 +137,8 @@ class Prepared:
 
         self.eager = Eager(block_by_block, rnet, agent, policy)
         self.device = self.eager.resnet.rnet.conv1.weight.device
-        # Captured ways have one place for images and results: threads and streams take turns.
-        self.lock, self.done = threading.Lock(), torch.cuda.Event() if device.type == "cuda" else None
+        # Captured ways have one place for images and results: streams take turns, as threads do.
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
         self.ways: dict[torch.Size, Eager | Graphs | SingleImage] = {}  # captured ones, by the batch's shape
         self.how = "block by block"
         self.fused = self._fused(rnet, agent, policy)
@@ -215,8 +216,8 @@ class Prepared:
                 yield
             return
         backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-        before = [backend.fp32_precision for backend in backends]
-        with self.lock, torch.inference_mode(), torch.cuda.device(self.device):
+        with _on_cuda, torch.inference_mode(), torch.cuda.device(self.device):
+            before = [backend.fp32_precision for backend in backends]
             for backend in backends:
                 backend.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
             captures = torch.cuda.is_current_stream_capturing()
