@@ -171,7 +171,8 @@ def newest_checkpoint(folder: str | Path, prefix: str) -> Path | None:
         content = read_checkpoint(path)
         return [float(content.get(name, 0)) for name in ("saved", "epoch")]
 
-    return max(sorted(Path(folder).glob(f"{prefix}*.t7")), key=age, default=None)
+    paths = sorted(Path(folder).glob(f"{prefix}*.t7"))
+    return paths[0] if len(paths) == 1 else max(paths, key=age, default=None)
 
 
 def fingerprint(*networks: nn.Module) -> str:

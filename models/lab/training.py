@@ -28,10 +28,7 @@ RESULT = (
     "Accuracy: {accuracy:.3f} | Reward: {reward:.2E} | Sparsity: {sparsity:.3f} | "
     "Variance: {variance:.3f} | #: {policies:.0f}"
 )  # as the original prints it
-HELD_OUT_RESULT = (
-    "Accuracy: {val_accuracy:.3f} | Reward: {val_reward:.2E} | Sparsity: {val_sparsity:.3f} | "
-    "Variance: {val_variance:.3f} | #: {val_policies:.0f}"
-)
+HELD_OUT_RESULT = RESULT.replace("{", "{val_")
 
 
 def one_cycle(
