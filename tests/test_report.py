@@ -92,6 +92,12 @@ def test_break_even_in_images_is_rough_where_the_training_ran_elsewhere(here, sa
     assert report.images_words(numbers, "1") == f"{said} (1.00 to 4.00)"
 
 
+def test_cpus_and_gpus_are_told_apart():
+    cpu, old, gpu = {"instructions": "avx2"}, {}, {"instructions": "9.0"}
+    assert timing.same_kind(cpu, old) and timing.same_kind(gpu, gpu)
+    assert not timing.same_kind(cpu, gpu) and not timing.same_kind(gpu, old)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"), [([0, 1, 4], 2), ([0, 1, 1.5], 4), ([2, 3, 4], 0), ([0, 3, 1], 2 / 3)]
 )

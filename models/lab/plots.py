@@ -22,7 +22,7 @@ BLUE, ORANGE, GREEN, PINK, GRAY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#
 WIDTH = 7.0  # inches, a column of text
 MANY_BLOCKS = 20  # from here on every fifth block is labelled
 MOST_CLASSES = 20  # of a picture with a row per class
-FEW_IMAGES = 20  # a mean over fewer is left out of a color scale
+FEW_IMAGES = 20  # a mean over fewer is not drawn
 MOST_BEHIND = 2.5  # points; where accuracy is drawn against cost, networks further behind are outside
 NETWORKS = {
     "sole": {"label": "sole ResNet", "color": "black", "marker": "o"},
@@ -277,30 +277,6 @@ def described_images(rows: Sequence[Sequence[tuple[Tensor, str]]], title: str) -
     for axes, (pixels, words) in zip(grid.flat, chain(*rows), strict=True):
         show_image(axes, pixels, words)
     figure.suptitle(title)
-    return figure
-
-
-def confusion(counts: Tensor, means: Tensor, classes: Sequence[str], model: str) -> Figure:
-    """Draw the images of each class (row) and prediction (column), colored by their mean blocks kept.
-
-    `counts`, `means`: (classes, classes). Cells with fewer than 20 images stay white.
-    """
-    figure, axes = plt.subplots(figsize=(WIDTH, 4.6))
-    shown = np.ma.masked_array(means, counts < FEW_IMAGES)
-    drawn = axes.imshow(shown, cmap="Blues")
-    low, high = drawn.get_clim()
-    # Less than a block looks like little, and the fewest blocks not like a cell without a color.
-    drawn.set_clim(low - 0.2 * max(1, high - low), max(high, low + 1))
-    for i, j in counts.nonzero().tolist():
-        color = "white" if shown[i, j] > np.mean(drawn.get_clim()) else "black"
-        axes.text(j, i, int(counts[i, j]), ha="center", va="center", fontsize="small", color=color)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
-    axes.grid(False)
-    axes.set(title=f"{model}: test images by class and prediction", xlabel="predicted class",
-             ylabel="true class")  # fmt: skip
-    if shown.count():
-        figure.colorbar(drawn, label=f"mean blocks kept, {FEW_IMAGES} images or more")
     return figure
 
 

@@ -177,9 +177,9 @@ def headroom_words(numbers: Mapping) -> str:
     )
 
 
-def penalty_sweep(model: str) -> list[dict]:
-    """Return the runs of `models.lab.sweep` for a model; none where there was no sweep."""
-    path = ROOT / "results" / "penalties" / f"{model}.json"
+def penalty_sweep(folder: str | None, model: str) -> list[dict]:
+    """Return the runs of `models.lab.sweep` for a model with results in `folder`; none without a sweep."""
+    path = Path(folder or "results", "penalties", f"{model}.json")
     return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
 
 
@@ -201,6 +201,8 @@ def verdict(numbers: Mapping) -> str:
         said.append(f"BlockDrop's training adds {training['sole_trainings']:.1f} times the sole ResNet's.")
     if training["extra"] is None:
         said.append("How long BlockDrop's training took is unknown, and so is break-even in images.")
+    elif not training["same_kind"]:
+        said.append("The training ran on another kind of device: break-even in images is unknown.")
     elif not training["here"]:
         said.append("The training ran on another machine: break-even in images is a rough estimate.")
     said.append(

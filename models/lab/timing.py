@@ -182,6 +182,11 @@ def same_machine(*records: Mapping) -> bool:
     return all(other == first for other in others)
 
 
+def same_kind(*records: Mapping) -> bool:
+    """Tell whether all records are of CPUs, or all of GPUs; old ones, without instructions, are of CPUs."""
+    return len({record.get("instructions", "")[:1].isdigit() for record in records}) == 1
+
+
 def _instructions(device: torch.device) -> str:
     """Return a CPU's vector instructions, such as "avx512 bf16 amx", or a GPU's compute capability."""
     if device.type == "cuda":
