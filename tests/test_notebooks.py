@@ -112,7 +112,7 @@ def test_the_report_says_what_the_pair_gives(printed):
     assert all(len(list(path.parent.glob(f"{path.stem}_*.{kind}"))) >= 10 for kind in ("svg", "png"))
     text = path.with_suffix(".md").read_text(encoding="utf-8")
     assert all(words in text for words in ("Distinct policies", "break-even in blocks", "At chance level"))
-    assert "`R8_SYN`" in report.readme_table([found])
+    assert "`R8_SYN`" in report.readme_table({"CPU": [found], "GPU": [found]})
 
 
 def test_a_pair_without_a_lineage_is_reported(printed, without_pictures, at_root, tmp_path):

@@ -15,8 +15,10 @@ from models.lab.checkpoints import fingerprint
 from models.lab.device import choose_precision
 from models.lab.rivals import find_rivals
 
-REPORTS = [ROOT / "results" / f"{model}_cpu.json" for model in report.SHIPPED]
-NEWER = {"R44_C10", "most used policy, finetuned"}  # rivals trained after the reports of CIFAR-10's models
+ON_CPU, ON_GPU = (
+    {model: ROOT / "results" / f"{model}_{device}.json" for model in report.SHIPPED}
+    for device in ("cpu", "cuda")
+)
 CPU = torch.device("cpu")
 
 
@@ -36,7 +38,7 @@ def accuracy(logits, loader):
     return (logits.argmax(1) == loader.dataset.labels).float().mean().item()
 
 
-@pytest.fixture(scope="module", params=REPORTS, ids=lambda path: path.stem)
+@pytest.fixture(scope="module", params=ON_CPU.values(), ids=ON_CPU)
 def shipped(request):
     """A report, its networks, the test images, BlockDrop's logits and policies."""
     found = json.loads(request.param.read_text(encoding="utf-8"))
@@ -57,18 +59,19 @@ def test_shipped_weights_give_the_reports_numbers(shipped, request):
     scores = {"sole": run(inference.prepare(sole), loader), "blockdrop": logits}
     scores["one_policy"] = run(inference.prepare(rnet, policy=torch.tensor(found["one_policy"])), loader)
     few = 5 / len(logits)  # a tie may fall differently on another machine
+    on_gpu = json.loads(ON_GPU[found["model"]].read_text(encoding="utf-8"))
     for name, expected in found["networks"].items():
         assert accuracy(scores[name], loader) == pytest.approx(expected["accuracy"], abs=few)
+        assert on_gpu["networks"][name]["accuracy"] == pytest.approx(expected["accuracy"], abs=few)
     pair = stages.load(ROOT / found["checkpoint"])
     rivals = find_rivals(found["model"], pair, alone, ROOT / "cv")
-    assert found["rivals"].keys() <= rivals.keys() <= found["rivals"].keys() | NEWER
-    rivals = {name: rivals[name] for name in found["rivals"]}
+    assert found["rivals"].keys() <= rivals.keys() == on_gpu["rivals"].keys()  # measured there last
     if found["model"].endswith("_C10") and not request.config.getoption("--long"):
         rivals = {}  # they take a minute
     for name, rival in rivals.items():
         its_loader = load_test_images(rival.model)
         its_logits = run(inference.prepare(rival.rnet, policy=rival.policy), its_loader)
-        assert accuracy(its_logits, its_loader) == pytest.approx(found["rivals"][name]["accuracy"], abs=few)
+        assert accuracy(its_logits, its_loader) == pytest.approx(on_gpu["rivals"][name]["accuracy"], abs=few)
     expected, flops = found["networks"]["blockdrop"], utils.count_flops(rnet, policies, agent).mean().item()
     assert policies.sum(1).mean().item() == pytest.approx(expected["blocks"], abs=0.02)
     assert len(policies.unique(dim=0)) == pytest.approx(expected["policies"], abs=2)
@@ -102,7 +105,7 @@ def test_bf16_keeps_the_accuracy(shipped):
 def test_the_readmes_table_is_that_of_the_reports(tmp_path, monkeypatch):
     """Without the times: whoever runs the inference notebook measures other ones."""
     (tmp_path / "results").mkdir()
-    for path in (ROOT / "README.md", *REPORTS):
+    for path in (ROOT / "README.md", *ON_CPU.values(), *ON_GPU.values()):
         shutil.copy(path, tmp_path / path.relative_to(ROOT))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     report.main()

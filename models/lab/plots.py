@@ -405,7 +405,8 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
         bottom.set_xlabel(label)
         log_ticks(bottom.xaxis)
     title = "accuracy on test images against cost per image"
-    figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else title.capitalize())
+    machine = reports[0]["machine"].partition(",")[0]
+    figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else f"{machine}: {title}")
     if known:
         flops_panel.plot([], [], ":", color=GRAY, label="other penalties")
     for name in ("sole", "blockdrop", "one_policy"):

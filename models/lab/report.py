@@ -274,42 +274,55 @@ def difficulty_words(numbers: Mapping) -> str:
     return f"The rank correlation of difficulty and blocks kept is {found:.3f} ({interval})."
 
 
-def readme_table(reports: Sequence[Mapping]) -> str:
-    """Return the README's table, a row per model and network, and how it was measured."""
+def readme_table(reports: Mapping[str, Sequence[Mapping]]) -> str:
+    """Return the README's table, a row per model and network, and how it was measured.
+
+    `reports`: {"CPU" or "GPU": numbers of the same models}; accuracies and blocks are those of the first.
+    """
     columns = ["model", "network", "accuracy (%)", "blocks kept", "FLOPs per image (millions)",
-               f"time per image, batch {'; '.join(compared(reports[0]))}"]  # fmt: skip
+               *(f"{device}: time per image, batch {'; '.join(compared(some[0]))}"
+                 for device, some in reports.items())]  # fmt: skip
     rows = [
-        [f"`{report['model']}`", plots.NETWORKS[name]["label"], f"{100 * found['accuracy']:.2f}",
-         f"{found['blocks']:.3g} of {report['blocks']}", three_digits(found["flops"] / 1e6),
-         "; ".join(per_image(report, size, name, False) for size in compared(report))]
-        for report in reports
-        for name, found in report["networks"].items()
+        [f"`{each[0]['model']}`", plots.NETWORKS[name]["label"], f"{100 * found['accuracy']:.2f}",
+         f"{found['blocks']:.3g} of {each[0]['blocks']}", three_digits(found["flops"] / 1e6),
+         *("; ".join(per_image(one, size, name, False) for size in compared(one)) for one in each)]
+        for each in zip(*reports.values(), strict=True)
+        for name, found in each[0]["networks"].items()
     ]  # fmt: skip
-    machines = " and ".join(dict.fromkeys(f"{found['machine']}, {found['precision']}" for found in reports))
+    machines = dict.fromkeys(
+        f"{found['machine']}, {found['precision']}" for some in reports.values() for found in some
+    )
     return (
-        f"{markdown_table(columns, rows)}\n\n{machines}; medians of one run per model. "
+        f"{markdown_table(columns, rows)}\n\n{'; '.join(machines)}. "
         "± reflects the sampling of test images, not seeds. [Terms](results/README.md)."
     )
 
 
 def main() -> None:
-    """Bring the README's table and picture up to date with the reports of the models that ship, on CPUs."""
-    paths = [ROOT / "results" / f"{model}_cpu.json" for model in SHIPPED]
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    sizes = {report["model"]: " and ".join(compared(report)) for report in reports}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"the reports compare different batch sizes, {sizes}: measure the same ones")
+    """Bring the README's table, and its picture of the GPU, up to date with the reports that ship."""
+    reports = {
+        name: [
+            json.loads((ROOT / "results" / f"{model}_{device}.json").read_text(encoding="utf-8"))
+            for model in SHIPPED
+        ]
+        for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
+    }
+    for some in reports.values():
+        sizes = {report["model"]: " and ".join(compared(report)) for report in some}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"the reports compare different batch sizes, {sizes}: measure the same ones")
     readme = ROOT / "README.md"
     begin, end = "<!-- results: made by python -m models.lab.report -->", "<!-- end of results -->"
     table = f"{begin}\n{readme_table(reports)}\n{end}"
     old = readme.read_text(encoding="utf-8")
-    text, found = re.subn(f"{begin}.*{end}", table, old, flags=re.DOTALL)
+    text, found = re.subn(f"{begin}.*{end}", lambda _: table, old, flags=re.DOTALL)
     if not found:
         raise ValueError(f"{readme} has no lines {begin} and {end}: put them around the table's place")
     with written_whole(readme) as file:
         file.write(text.encode())
     plots.use_style()
-    plots.trade_off(reports, compared(reports[0])).savefig(ROOT / "results" / "accuracy_time.png", dpi=120)
+    picture = plots.trade_off(reports["GPU"], compared(reports["GPU"][0]))
+    picture.savefig(ROOT / "results" / "accuracy_time.png", dpi=120)
 
 
 if __name__ == "__main__":
