@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import papermill
 import torch
 from torch import Tensor
 
@@ -105,6 +104,8 @@ def run_training(model: str, settings: Mapping[str, object], out: Path, cv_dir: 
 
     The sole ResNet, for a start without a ResNet, is that in `cv_dir`.
     """
+    import papermill  # here: it takes two seconds, and the inference notebook reads rivals without it
+
     folder = out / "trained_rnet" / model
     folder.mkdir(parents=True, exist_ok=True)
     if sole := stages.find(cv_dir, "trained_rnet", model):
