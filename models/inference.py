@@ -160,7 +160,7 @@ class Prepared:
             with self._mode():
                 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
                 policies = (torch.arange(2 * self.num_blocks) % 3 > 0).float().view(2, -1).to(self.device)
-                rounded = images.to(DTYPES[self.precision], memory_format=self.format)
+                rounded = self._rounded(images)
                 found = [fused.alone(images), fused.under(images, policies)]
                 expected = [self.eager.alone(rounded), self.eager.under(rounded, policies)]
                 if agent is not None:
@@ -200,13 +200,6 @@ class Prepared:
         with self._mode():
             x, way, _ = self._way(x)
             return way.decide(x)
-
-    def masked(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits and policy, each block computed one by one, and hidden where it is dropped."""
-        with self._mode():
-            x = self._rounded(x)
-            policy = self.eager.decide(x)
-            return self.eager.resnet.rnet(x, policy).float(), policy
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:

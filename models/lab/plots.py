@@ -28,7 +28,6 @@ NETWORKS = {
     "sole": {"label": "sole ResNet", "color": "black", "marker": "o"},
     "blockdrop": {"label": "BlockDrop", "color": BLUE, "marker": "s"},
     "one_policy": {"label": "one policy", "color": ORANGE, "marker": "^"},
-    "masked": {"label": "BlockDrop, masked", "color": GRAY, "marker": "v"},
 }
 
 
@@ -315,7 +314,7 @@ def times_by_batch(times: Mapping[int, Mapping[str, Mapping]], allowed: float, m
     axes.set_xticks([], minor=True)
     axes.set(title=f"{model}: time per image against batch size", xlabel="images per batch",
              ylabel="time per image (ms)")  # fmt: skip
-    legend_below(figure, axes, 3)
+    legend_below(figure, axes, 4)
     return figure
 
 
