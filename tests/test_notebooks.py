@@ -219,6 +219,7 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     with pytest.raises(ValueError, match="a sweep sets penalty itself: leave it out"):
         sweep.sweep("R8_SYN", [-3.0], settings | {"penalty": -1})
     path = sweep.sweep("R8_SYN", [-3.0], settings, printed[1] / "cv", tmp_path, with_rivals=True)
+    assert path.stem == "R8_SYN_300images"
     (found,) = json.loads(path.read_text())["runs"]
     assert found["penalty"] == -3 and found["epoch"] == 1 and 0 <= found["sparsity"] <= 3
     assert found["flops"] > found["one_policy"]["flops"] > 0 and found["one_policy"]["policies"] == 1
@@ -229,9 +230,9 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
     (tmp_path / "one_policy").mkdir()
     (tmp_path / "one_policy" / "equal_flops").symlink_to(printed[1] / "cv" / "penalties" / "-3_one_policy")
     assert "equal FLOPs, finetuned" in rivals.find_rivals("R8_SYN", pair, sole, tmp_path)
-    options = ("--penalties", "-0.5", "-p", "epoch", "1")
+    options = ("--penalties", "-0.5", "-p", "batchsize", "1")
     _, refused = run_python("-m", "models.lab.sweep", "R8_SYN", *options)
-    assert "there is no setting 'epoch': do you mean" in refused
+    assert "there is no setting 'batchsize': do you mean batch_size?" in refused
 
 
 @pytest.mark.parametrize(
@@ -240,6 +241,7 @@ def test_penalties_are_compared(printed, at_root, tmp_path):
         ("rnet_sole", {"model": "R9_SYN"}, "unknown model 'R9_SYN'"),
         ("rnet_sole", {"epoch": 1}, "there is no setting 'epoch': do you mean epochs?"),
         ("blockdrop_training", {"alpha_finetuning": 1}, "'alpha_finetuning': do you mean alpha?"),
+        ("blockdrop_training", {"load_policy": 1}, "'load_policy': README.md lists old settings"),
         ("rnet_sole", {"max_images": 3}, "too few to hold a tenth out"),
         ("rnet_sole", {"averaging": 0.2}, "averaging is 0.2 of 2 epochs, less than one"),
         ("rnet_sole", {"precision": "fp8"}, "unknown precision 'fp8'"),

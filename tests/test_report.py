@@ -92,6 +92,14 @@ def test_break_even_in_images_is_rough_where_the_training_ran_elsewhere(here, sa
     assert report.images_words(numbers, "1") == f"{said} (1.00 to 4.00)"
 
 
+def test_a_damaged_sweep_is_left_out(tmp_path, capsys):
+    (tmp_path / "penalties").mkdir()
+    for content in ("", "[]", "{}", '{"runs": [1'):
+        (tmp_path / "penalties" / "R8_SYN.json").write_text(content)
+        assert report.penalty_sweep(tmp_path, "R8_SYN") == []
+        assert capsys.readouterr().out.startswith("Left out")
+
+
 def test_cpus_and_gpus_are_told_apart():
     cpu, old, gpu = {"instructions": "avx2"}, {}, {"instructions": "9.0"}
     assert timing.same_kind(cpu, old) and timing.same_kind(gpu, gpu)

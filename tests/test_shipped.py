@@ -113,3 +113,8 @@ def test_the_readmes_table_is_that_of_the_reports(tmp_path, monkeypatch):
     for row in made.splitlines():
         assert row.rpartition(" | ")[0] in readme, "run python -m models.lab.report"
     assert (tmp_path / "results" / "accuracy_time.png").is_file()
+    other = tmp_path / "results" / ON_GPU["R20_SYN"].name
+    for content in (ON_GPU["R32_C10"].read_bytes(), b"{"):
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{other} is not the report of R20_SYN: run blockdrop_inf"):
+            report.main()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.lab.distributed import rank, wait_for_all
 from models.lab.files import written_whole
 
-_GET_AGAIN = "Get the file again, or train it with the notebooks"
+_GET_AGAIN = "Get the file again, or move it away"
 _CHOOSE_MODEL = "Choose the `model` that the file was trained for, or another file"
 
 # Classes in files of the original beside tensors: parsed arguments, and NumPy's numbers, under the names

@@ -3,6 +3,7 @@
 `python -m models.lab.report` brings the README's table and picture up to date with the files in `results/`.
 """
 
+import argparse
 import json
 import re
 import tempfile
@@ -180,7 +181,11 @@ def headroom_words(numbers: Mapping) -> str:
 def penalty_sweep(folder: str | None, model: str) -> list[dict]:
     """Return the runs of `models.lab.sweep` for a model with results in `folder`; none without a sweep."""
     path = Path(folder or "results", "penalties", f"{model}.json")
-    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+    except (ValueError, TypeError, KeyError):
+        print(f"Left out: {path} is damaged, or not a sweep's")
+        return []
 
 
 def verdict(numbers: Mapping) -> str:
@@ -298,15 +303,23 @@ def readme_table(reports: Mapping[str, Sequence[Mapping]]) -> str:
     )
 
 
+def _read(model: str, device: str) -> dict:
+    """Return a report's numbers. ValueError where there is no report of all images of this model."""
+    path = ROOT / "results" / f"{model}_{device}.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known = [found[key] for key in ("model", "device", "max_images")] == [model, device, None]
+    except (OSError, ValueError, TypeError, KeyError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} is not the report of {model}: run blockdrop_inference.ipynb on {device}")
+    return found
+
+
 def main() -> None:
     """Bring the README's table, and its picture of the GPU, up to date with the reports that ship."""
-    reports = {
-        name: [
-            json.loads((ROOT / "results" / f"{model}_{device}.json").read_text(encoding="utf-8"))
-            for model in SHIPPED
-        ]
-        for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
-    }
+    devices = {"CPU": "cpu", "GPU": "cuda"}
+    reports = {name: [_read(model, device) for model in SHIPPED] for name, device in devices.items()}
     for some in reports.values():
         sizes = {report["model"]: " and ".join(compared(report)) for report in some}
         if len(set(sizes.values())) > 1:
@@ -326,4 +339,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     main()

@@ -168,7 +168,8 @@ def finetune(model: str, pair_path: Path, kind: str, cv_dir: Path, data_dir: str
     start = stages.load(stages.find(cv_dir, "trained_policy", model, hint), rnet, agent)
     before = [e for e in pair.lineage if e["stage"] != "finetuning"]
     if not entries or start.lineage != before:
-        raise ValueError(f"{pair_path} does not say that it was finetuned from {start.path}")
+        todo = "move that away if the pair began with an older one"
+        raise ValueError(f"{pair_path} does not say that it was finetuned from {start.path}: {todo}")
     if kind == "every_block":
         policy = torch.ones(rnet.num_blocks)
     else:

@@ -15,13 +15,14 @@ from models.lab.files import ROOT
 from models.lab.names import parse_model
 
 RECIPES = ROOT / "results" / "recipes"
+ALIKE = 0.81  # of difflib: from here on a name is another one misspelled, not an old one such as load_policy
 
 
 class Rule(NamedTuple):
     """What a setting may be."""
 
     notebooks: str  # s: rnet_sole, t: blockdrop_training, i: blockdrop_inference
-    kind: str  # text, path, or one of KINDS
+    kind: str  # one of KINDS
     low: float = -math.inf  # inclusive, as `high` is
     high: float = math.inf
     below: bool = False  # `high` itself is out
@@ -35,6 +36,8 @@ KINDS = {
     "whole": "a whole number",
     "switch": "True or False",
     "source": "a file's path or a test image's number",
+    "path": "a path in quotes",
+    "text": "a text in quotes",
 }
 RULES = {
     "model": Rule("sti", "text"),
@@ -114,12 +117,13 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
 
 
 def refuse_unknown(given: Iterable[str], names: Sequence[str]) -> None:
-    """Raise ValueError for the first given name that is not among `names`, with the nearest one."""
+    """Raise ValueError for the first given name that is not among `names`, with one that is like it."""
     for name in given:
         if name not in names:
             near = [known for known in names if name.startswith(known)]
-            near += difflib.get_close_matches(name, names, n=1, cutoff=0)
-            raise ValueError(f"there is no setting {name!r}: do you mean {near[0]}?")
+            near += difflib.get_close_matches(name, names, n=1, cutoff=ALIKE)
+            hint = f"do you mean {near[0]}?" if near else "README.md lists old settings and new ones"
+            raise ValueError(f"there is no setting {name!r}: {hint}")
 
 
 def read_recipe(notebook: str, model: str) -> dict[str, object]:
@@ -170,7 +174,7 @@ def _one(name: str, value: object, rule: Rule) -> object:
     if fits and number:
         fits = rule.low <= value <= rule.high and not (rule.below and value == rule.high)
     if not fits:
-        expected = KINDS.get(rule.kind, "a text in quotes") + ', or "auto"' * rule.auto
+        expected = KINDS[rule.kind] + ', or "auto"' * rule.auto + ", or None" * rule.none
         if rule.low > -math.inf:
             expected += f", {rule.low:g} or more"
         if rule.high < math.inf:

@@ -83,7 +83,7 @@ def starting_point(
         print("The policy network's layers start from", features.path if features else "new weights")
     for stage in [start, features] if features else [start]:
         if any(entry["settings"].get("max_images") != max_images for entry in stage.lineage):
-            print(f"{stage.path} was trained with another max_images: it may have seen images held out now")
+            print(f"{stage.path} builds on another max_images: it may have seen images that are held out now")
     return start, features
 
 
@@ -130,6 +130,7 @@ def find(cv_dir: str | Path, stage: str, model: str, hint: str | None = None) ->
 
     Without one: None, or FileNotFoundError that ends in the `hint`, which says what to do.
     """
+    parse_model(model)
     prefix = "pk_" if stage in ("trained_rnet", "stochastic_depth") else "ckpt_"
     found = newest_checkpoint(Path(cv_dir, stage, model), prefix)
     if found is None and (found := newest_checkpoint(SHIPPED / stage / model, prefix)):

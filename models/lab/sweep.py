@@ -16,7 +16,7 @@ from pathlib import Path
 import utils
 from models.lab import rivals, stages
 from models.lab.checkpoints import read_checkpoint
-from models.lab.files import ROOT, written_whole
+from models.lab.files import ROOT, explained, written_whole
 from models.lab.settings import as_meant, names_of, refuse_unknown
 
 OWN = ("model", "start_from", "max_epochs_training", "penalty", "cv_dir")  # settings that a sweep makes
@@ -43,6 +43,10 @@ def sweep(
     if settings.get("max_epochs_finetuning") == 0:
         raise ValueError("max_epochs_finetuning is 0: a sweep needs 1 or more")
     cv_dir, results_dir = Path(cv_dir).expanduser(), Path(results_dir).expanduser()
+    few = f"_{settings['max_images']}images" if settings.get("max_images") else ""
+    path = results_dir / "penalties" / f"{model}{few}.json"
+    with explained(path.parent):  # now, not after hours
+        path.parent.mkdir(parents=True, exist_ok=True)
     data_dir = str(ROOT / settings.get("data_dir", "data"))  # as the notebook, which runs there
     policy = stages.find(cv_dir, "trained_policy", model, f"train a policy of {model} first")
     given = settings | {"start_from": str(policy.resolve()), "max_epochs_training": 0}
@@ -59,7 +63,6 @@ def sweep(
             one = rivals.policy_of(agent)[None]
             flops = utils.count_flops(rnet, one).item()
             runs[-1]["one_policy"] = figures_of(file) | {"flops": flops}
-    path = results_dir / "penalties" / f"{model}.json"
     with written_whole(path) as file:
         file.write(json.dumps({"model": model, "runs": runs}, indent=1).encode() + b"\n")
     return path
