@@ -83,7 +83,7 @@ def starting_point(
         print("The policy network's layers start from", features.path if features else "new weights")
     for stage in [start, features] if features else [start]:
         if any(entry["settings"].get("max_images") != max_images for entry in stage.lineage):
-            print(f"{stage.path} builds on another max_images: it may have seen images that are held out now")
+            print(f"{stage.path} or its start had another max_images: it may have seen images held out now")
     return start, features
 
 
