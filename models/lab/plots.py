@@ -62,9 +62,9 @@ def whole_numbers(axis: Axis) -> None:
 
 
 def log_ticks(axis: Axis) -> None:
-    """Put a logarithmic axis's ticks at 1, 2 and 5, or closer on a short one, written as plain numbers."""
+    """Put a logarithmic axis's ticks at 1, 2 and 5, or on a short one evenly, written as plain numbers."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 5 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(4))
     axis.set_major_formatter("{x:.3g}")
     axis.set_minor_formatter(NullFormatter())
 
