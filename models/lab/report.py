@@ -179,7 +179,7 @@ def headroom_words(numbers: Mapping) -> str:
 
 
 def penalty_sweep(folder: str | None, model: str) -> list[dict]:
-    """Return the runs of `models.lab.sweep` for a model with results in `folder`; none without a sweep."""
+    """Return a model's runs of `models.lab.sweep` in `folder` (None: results/); none without a sweep."""
     path = Path(folder or "results", "penalties", f"{model}.json")
     try:
         return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []

@@ -184,6 +184,7 @@ def same_machine(*records: Mapping) -> bool:
 
 def same_kind(*records: Mapping) -> bool:
     """Tell whether all records are of CPUs, or all of GPUs; old ones, without instructions, are of CPUs."""
+    # A GPU's instructions are its compute capability, a number.
     return len({record.get("instructions", "")[:1].isdigit() for record in records}) == 1
 
 
