@@ -109,12 +109,12 @@ def _other_values(policy, num_blocks):
     return found
 
 
-# Counts are no constants of the compiled kernel: it serves every depth and batch.
-@triton.jit(do_not_specialize=["num_images", "of_policy", "n1", "n2", "n3", "num_outputs"])
+# These are no constants of the compiled kernel: it serves every depth and batch, and both networks.
+@triton.jit(do_not_specialize=["num_images", "of_policy", "n1", "n2", "n3", "num_outputs", "decides"])
 def _resnet(
     images, policy, of_policy, outputs, scratch,
     stem_weight, stem_bias, weight1, bias1, weight2, bias2, weight3, bias3, last_weight, last_bias,
-    num_images, n1, n2, n3, num_outputs,
+    num_images, n1, n2, n3, num_outputs, decides,
     SIZE: tl.constexpr, T1: tl.constexpr, T2: tl.constexpr, T3: tl.constexpr, STAGES: tl.constexpr,
     ALL: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +154,9 @@ def _resnet(
             known = out < num_outputs
             w = tl.load(last_weight + out[:, None] * 64 + channel[None, :], mask=known[:, None], other=0.0)
             bias = tl.load(last_bias + out, mask=known, other=0.0)
-            tl.store(outputs + out, tl.sum(w * mean[None, :], 1) + bias, mask=known)
+            logit = tl.sum(w * mean[None, :], 1) + bias
+            output = tl.where(decides != 0, (logit >= 0).to(tl.float32), logit)
+            tl.store(outputs + out, output, mask=known)
         tl.debug_barrier()
         images += programs.to(tl.int64) * (3 * 32 * 32)
         policy += programs.to(tl.int64) * of_policy
@@ -211,6 +213,13 @@ class FusedResNet:
         device, and others than 0 and 1 give logits that are not a number. ValueError for a wrong shape or
         device.
         """
+        return self._run(images, policy, decides=False)
+
+    def decide(self, images: Tensor) -> Tensor:
+        """Return policies (N, outputs) for images (N, 3, 32, 32): 1 where an output is at least 0, else 0."""
+        return self._run(images, None, decides=True)
+
+    def _run(self, images: Tensor, policy: Tensor | None, decides: bool) -> Tensor:
         n = len(images)
         if images.shape[1:] != (3, 32, 32):
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, 3, 32, 32)")
@@ -230,7 +239,7 @@ class FusedResNet:
             with torch.cuda.device_of(images):
                 _resnet[(programs,)](
                     images.contiguous(), rows, rows.stride(0), outputs, scratch, *self.weights, n,
-                    *self.layer_config, self.num_outputs, SCRATCH, *TILES, STAGES, ALL=policy is None,
-                    num_warps=WARPS, num_stages=1,
+                    *self.layer_config, self.num_outputs, int(decides), SCRATCH, *TILES, STAGES,
+                    ALL=policy is None, num_warps=WARPS, num_stages=1,
                 )  # fmt: skip
         return outputs

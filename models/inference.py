@@ -54,6 +54,10 @@ class BlockByBlock:
         keeping = [True] * len(self.blocks) if policy is None else keepers(policy.cpu() > 0, x.device)
         return self.last(self.rnet.classify(run_blocks(self.rnet.seed(x), self.blocks, keeping)).float())
 
+    def decide(self, x: Tensor) -> Tensor:
+        """Return policies (N, outputs) for images (N, 3, H, W), with the logits of a policy network."""
+        return greedy_policy(torch.sigmoid(self(x)))
+
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
@@ -81,7 +85,7 @@ class Eager:
 
     def decide(self, x: Tensor) -> Tensor:
         """Return the agent's policy (N, K)."""
-        return greedy_policy(torch.sigmoid(self.decision(self.agent.view(x))))
+        return self.decision.decide(self.agent.view(x))
 
     def under(self, x: Tensor, policy: Tensor) -> Tensor:
         """Return logits (N, classes) under policies (N, K)."""
@@ -203,12 +207,16 @@ class Prepared:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        """No gradients; on CUDA, this GPU, and fp32 in full or as TF32, whatever the process has chosen."""
+        """No gradients; on CUDA, this GPU, and fp32 in full or as TF32, whatever the process has chosen.
+
+        fp16 and bf16 leave the process's choice alone: a single image would wait for the change.
+        """
         if self.device.type != "cuda":
             with torch.inference_mode():
                 yield
             return
-        backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        in_fp32 = DTYPES[self.precision] == torch.float32
+        backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if in_fp32 else ()
         with _on_cuda, torch.inference_mode(), torch.cuda.device(self.device):
             before = [backend.fp32_precision for backend in backends]
             for backend in backends:
