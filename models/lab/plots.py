@@ -179,7 +179,7 @@ def keep_probabilities(history: Sequence[Mapping], layer_config: Sequence[int], 
     first, last = history[0]["epoch"] - 0.5, history[-1]["epoch"] + 0.5
     colors = axes.imshow(
         np.array([row["val_probs"] for row in history]).T,
-        aspect="auto", cmap="RdBu", vmin=0, vmax=1, extent=(first, last, num_blocks + 0.5, 0.5),
+        aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=(first, last, num_blocks + 0.5, 0.5),
         interpolation="nearest",
     )  # fmt: skip
     undecided = [num_blocks - row.get("cl_step", num_blocks) for row in history]
