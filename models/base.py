@@ -110,7 +110,7 @@ def run_blocks(
 
 
 def _gather(x: Tensor, indices: Tensor) -> Tensor:
-    """Copy some images in their memory format: indexing (N, C, H, W) would not keep channels last."""
+    """Copy some images in their memory format, several times as fast as by indexing."""
     if x.is_contiguous():
         return x.index_select(0, indices)
     return x.movedim(1, 3).index_select(0, indices).movedim(3, 1)

@@ -163,10 +163,6 @@ def _resnet(
         outputs += programs.to(tl.int64) * num_outputs
 
 
-def _convs(segment: nn.ModuleList) -> list[nn.Conv2d]:
-    return [conv for block in segment for conv in (block.conv1, block.conv2)]
-
-
 def _taps(conv: nn.Conv2d) -> Tensor:
     """Return a convolution's weights as (9, channels in, channels out); a product of matrices needs 16 in."""
     taps = conv.weight.permute(2, 3, 1, 0).flatten(0, 1)
@@ -195,7 +191,8 @@ class FusedResNet:
             raise ValueError("the fused ResNet is made of a FlatResNet32 with its batch norms folded")
         self.dtype, self.layer_config, self.num_blocks = dtype, rnet.layer_config, rnet.num_blocks
         self.weights = []  # and biases, by turns: of the stem, the segments and the last layer
-        for convs in ([rnet.conv1], *map(_convs, rnet.blocks)):
+        for part in (rnet.conv1, *rnet.blocks):
+            convs = [module for module in part.modules() if isinstance(module, nn.Conv2d)]
             self.weights.append(torch.cat([_taps(conv).flatten() for conv in convs]).to(device, dtype))
             self.weights.append(torch.cat([conv.bias for conv in convs]).to(device, torch.float32))
         last = rnet.fc if last is None else last
@@ -206,20 +203,17 @@ class FusedResNet:
         if self.device.type == "cuda":
             self.programs *= torch.cuda.get_device_properties(self.device).multi_processor_count
 
-    def __call__(self, images: Tensor, policy: Tensor | None = None) -> Tensor:
+    def decide(self, images: Tensor) -> Tensor:
+        """Return policies (N, outputs) for images (N, 3, 32, 32): 1 where a logit is at least 0, else 0."""
+        return self(images, decides=True)
+
+    def __call__(self, images: Tensor, policy: Tensor | None = None, decides: bool = False) -> Tensor:
         """Return logits (N, outputs) of images (N, 3, 32, 32), in any layout, under policies (N, K).
 
         Without a policy every block is kept. The host does not wait: a policy's values are read on the
-        device, and others than 0 and 1 give logits that are not a number. ValueError for a wrong shape or
-        device.
+        device, and others than 0 and 1 give logits that are not a number. `decides`: see `decide`.
+        ValueError for a wrong shape or device.
         """
-        return self._run(images, policy, decides=False)
-
-    def decide(self, images: Tensor) -> Tensor:
-        """Return policies (N, outputs) for images (N, 3, 32, 32): 1 where an output is at least 0, else 0."""
-        return self._run(images, None, decides=True)
-
-    def _run(self, images: Tensor, policy: Tensor | None, decides: bool) -> Tensor:
         n = len(images)
         if images.shape[1:] != (3, 32, 32):
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (N, 3, 32, 32)")

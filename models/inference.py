@@ -21,7 +21,7 @@ from models.resnet import FlatResNet, FlatResNet32
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FUSED_TOLERANCE = {"bf16": 0.05, "fp16": 0.01}  # relative, against the blocks one by one
 MOST_SHAPES = 16  # of batches, whose CUDA graphs are kept
-_on_cuda = threading.Lock()  # held by a call: how PyTorch multiplies fp32 is the same for all threads
+_on_cuda = threading.Lock()  # held by a call: threads share captured ways, and how PyTorch multiplies fp32
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -44,10 +44,10 @@ class BlockByBlock:
     def __init__(self, rnet: FlatResNet, last: nn.Module | None = None):
         self.rnet, self.blocks, self.num_blocks = rnet, [], rnet.num_blocks
         self.last = nn.Identity() if last is None else last
-        for shortcut, block in rnet.shortcuts_and_blocks():  # the convolutions alone, without a module's call
+        for shortcut, block in rnet.shortcuts_and_blocks():  # `forward`: without a module's call
             convs = [module for module in block.children() if isinstance(module, nn.Conv2d)]
             branch = functools.partial(_branch, [(c.weight, c.bias, c.stride, c.padding) for c in convs])
-            self.blocks.append((_unchanged if isinstance(shortcut, nn.Identity) else shortcut, branch))
+            self.blocks.append((shortcut.forward, branch))
 
     def __call__(self, x: Tensor, policy: Tensor | None = None) -> Tensor:
         """Return logits (N, classes) of images (N, 3, H, W) under policies (N, K), which the host reads."""
@@ -59,10 +59,6 @@ class BlockByBlock:
         return greedy_policy(torch.sigmoid(self(x)))
 
 
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
 def _branch(convs: list[tuple], x: Tensor, residual: Tensor) -> Tensor:
     for conv in convs[:-1]:
         x = F.relu_(torch.conv2d(x, *conv))
@@ -72,7 +68,7 @@ def _branch(convs: list[tuple], x: Tensor, residual: Tensor) -> Tensor:
 class Eager:
     """A ResNet, with a policy network or one policy (K,), as plain functions, which `models.graphs` captures.
 
-    The networks are folded. `run` makes a ResNet's function of it: images and policies to logits.
+    The networks are folded. `run` makes a `BlockByBlock` or `FusedResNet` of each.
     """
 
     def __init__(self, run: Callable, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None):
@@ -132,12 +128,12 @@ class Prepared:
             rnet.check_policy(policy[None], 1)
         self.precision, self.num_blocks = precision, rnet.num_blocks
         in_full = device.type == "cuda" and precision == "fp32"
-        self.format = torch.contiguous_format if in_full else torch.channels_last  # the faster one
-        to = {"dtype": DTYPES[precision], "device": device, "memory_format": self.format}
+        layout = torch.contiguous_format if in_full else torch.channels_last  # the faster one
+        self.form = {"dtype": DTYPES[precision], "device": device, "memory_format": layout}
         rnet, agent = fold(rnet), None if agent is None else fold(agent).to(device)
 
         def block_by_block(net: FlatResNet, last: nn.Module | None = None) -> BlockByBlock:
-            return BlockByBlock(copy.deepcopy(net).to(**to), last)
+            return BlockByBlock(copy.deepcopy(net).to(**self.form), last)
 
         self.eager = Eager(block_by_block, rnet, agent, policy)
         self.device = self.eager.resnet.rnet.conv1.weight.device
@@ -145,16 +141,14 @@ class Prepared:
         self.done = torch.cuda.Event() if device.type == "cuda" else None
         self.ways: dict[torch.Size, Eager | Graphs | SingleImage] = {}  # captured ones, by the batch's shape
         self.how = "block by block"
+        self.fused = None  # until it is known to work
         self.fused = self._fused(rnet, agent, policy)
         self.note = self.how
 
     def _fused(self, rnet: FlatResNet, agent: Policy | None, policy: Tensor | None) -> Eager | None:
         """Return the way by one kernel; None where it isn't for this network, or, as `how` says, fails."""
-        if not (
-            self.device.type == "cuda"
-            and self.precision in FUSED_TOLERANCE
-            and isinstance(rnet, FlatResNet32)
-        ):
+        fits = isinstance(rnet, FlatResNet32) and self.precision in FUSED_TOLERANCE
+        if self.device.type != "cuda" or not fits:
             return None
         try:
             from models.fused import FusedResNet  # here: not every PyTorch comes with Triton
@@ -164,7 +158,7 @@ class Prepared:
             with self._mode():
                 images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).to(self.device)
                 policies = (torch.arange(2 * self.num_blocks) % 3 > 0).float().view(2, -1).to(self.device)
-                rounded = self._rounded(images)
+                rounded = images.to(**self.form)
                 found = [fused.alone(images), fused.under(images, policies)]
                 expected = [self.eager.alone(rounded), self.eager.under(rounded, policies)]
                 if agent is not None:
@@ -200,7 +194,9 @@ class Prepared:
             return way.alone(x) if policy is None else way.under(x, policy)
 
     def decide(self, x: Tensor) -> Tensor:
-        """Return the agent's policy (N, K) for images (N, 3, H, W)."""
+        """Return the agent's policy (N, K) for images (N, 3, H, W). ValueError without an agent."""
+        if self.eager.agent is None:
+            raise ValueError("there is no policy network to decide: prepare(rnet, agent) has one")
         with self._mode():
             x, way, _ = self._way(x)
             return way.decide(x)
@@ -209,32 +205,28 @@ class Prepared:
     def _mode(self) -> Iterator[None]:
         """No gradients; on CUDA, this GPU, and fp32 in full or as TF32, whatever the process has chosen.
 
-        fp16 and bf16 leave the process's choice alone: a single image would wait for the change.
+        The one kernel multiplies no fp32: it leaves the choice alone, for which a single image would wait.
         """
         if self.device.type != "cuda":
             with torch.inference_mode():
                 yield
             return
-        in_fp32 = DTYPES[self.precision] == torch.float32
-        backends = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if in_fp32 else ()
+        backends = () if self.fused else (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+        wanted = "tf32" if self.precision == "tf32" else "ieee"
         with _on_cuda, torch.inference_mode(), torch.cuda.device(self.device):
-            before = [backend.fp32_precision for backend in backends]
-            for backend in backends:
-                backend.fp32_precision = "tf32" if self.precision == "tf32" else "ieee"
             captures = torch.cuda.is_current_stream_capturing()
             if not captures:
                 torch.cuda.current_stream().wait_event(self.done)  # of a call on another stream
+            before = {backend: backend.fp32_precision for backend in backends}
             try:
+                for backend in backends:
+                    backend.fp32_precision = wanted
                 yield
             finally:
+                for backend, precision in before.items():
+                    backend.fp32_precision = precision
                 if not captures:
                     self.done.record()
-                for backend, precision in zip(backends, before, strict=True):
-                    backend.fp32_precision = precision
-
-    def _rounded(self, x: Tensor) -> Tensor:
-        """Return images in the network's precision and memory format."""
-        return x.to(DTYPES[self.precision], memory_format=self.format)
 
     def _way(self, x: Tensor) -> tuple[Tensor, Eager | Graphs | SingleImage, bool]:
         """Return images as a way takes them, the way, and whether it is by one kernel.
@@ -247,7 +239,7 @@ class Prepared:
         if x.device != self.device:
             raise ValueError(f"the images are on {x.device}, the network on {self.device}: move one of them")
         fused = self.fused is not None and x.shape[2:] == (32, 32)
-        x, eager = (x.float(), self.fused) if fused else (self._rounded(x), self.eager)
+        x, eager = (x.float(), self.fused) if fused else (x.to(**self.form), self.eager)
         can_capture = self.device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
         if not can_capture or len(x) == 0 or (len(x) > 1 and not fused):
             return x, eager, fused
@@ -261,7 +253,8 @@ class Prepared:
                 self.note = f"{how}, as CUDA graphs"
             except RuntimeError as error:
                 self.ways[x.shape] = eager
-                self.note = f"{how}, without CUDA graphs, which failed: {error}"
+                reason = str(error.__context__ or error).partition("\n")[0]
+                self.note = f"{how}, without CUDA graphs, which failed: {reason}"
         return x, self.ways[x.shape], fused
 
 

@@ -1,7 +1,6 @@
 """ResNets whose blocks can be dropped, image by image."""
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -50,8 +49,7 @@ class FlatResNet(nn.Module):
         self.fc = nn.Linear(inplanes, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al., ICCV 2015, normal, by fan-out
-                fan_out = math.prod(module.kernel_size) * module.out_channels
-                nn.init.normal_(module.weight, 0, math.sqrt(2 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     @property
     def num_blocks(self) -> int:

@@ -37,7 +37,7 @@ def measure(
     A round calls each one once and waits for the device; every second round goes backward, so that a machine
     that gets slower or faster is the same for all. One round warms up. On CUDA a call of less than 10 ms
     follows one that is not timed: it finds code and weights in the caches, as where one network runs all the
-    time. Rounds go on until all together have taken `seconds` each, but at least 3: what is slow gets fewer
+    time. Rounds go on until all together have taken `seconds` each, 3 to 200 of them: what is slow gets fewer
     rounds, not more time. On a steady machine they end earlier: after 10 or more, once each function's
     quartiles, over the root of the rounds, lie within 1 % of its median. Data should lie on the device
     already. Times are given per part, such as an image, of the `parts` that a call computes.
