@@ -58,8 +58,8 @@ def _capture_nothing(stream: torch.cuda.Stream) -> None:
 def _capture(
     graph: torch.cuda.CUDAGraph, function: Callable, stream: torch.cuda.Stream, pool: tuple | None = None
 ) -> None:
-    # The outer context: older PyTorch leaves the capture's stream in use where capture fails. The
-    # mode: other threads, such as a loader's that pins memory, may go on using CUDA.
+    # The outer context: PyTorch leaves the capture's stream in use where capture fails. The mode:
+    # other threads, such as a loader's that pins memory, may go on using CUDA.
     with (
         torch.cuda.stream(torch.cuda.current_stream()),
         torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
@@ -213,20 +213,23 @@ class SingleImage:
     def both(self, image: Tensor, policy: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return logits under the agent's policy, or a given one on the host instead, and the policy."""
         decided = self.decide(image)
-        on_host = decided.cpu()  # waited for, also where another policy is given
         if policy is None:
-            return self.under(image, on_host), decided
+            return self.under(image, decided), decided
+        decided.cpu()  # waited for, as `under` waits for it
         return self.under(image, policy), policy
 
 
 def one_graph(step: Callable, device: torch.device, why_not: str | None = None) -> Callable:
     """Return a training step that on CUDA runs as one graph; on the CPU the step itself.
 
-    It takes and returns what `step` does: networks, optimizers or tuples of them, tensors, numbers; anything
-    else is taken as it was on the first call. Each shape of the tensors, and each number, gets a graph of its
-    own on its first call, which leaves weights, optimizers and random numbers as they were. Where that can't
-    be, for the reason `why_not` or because it fails, the step runs as it is, and a line says so.
+    It takes and returns what `step` does: networks, optimizers or lists of them, tensors, numbers; anything
+    else is taken as it was on the first call. Each shape of tensors, number and object gets its own graph on
+    its first call, which leaves weights, optimizers and random numbers as they were. Where that can't
+    be, for the reason `why_not` or because it fails, the step runs as it is, and a line says so. ValueError
+    for a device's name.
     """
+    if isinstance(device, str):
+        raise ValueError(f"device is {device!r} again: run the cell below the settings, too")
     if device.type != "cuda":
         return step
     if dist.is_initialized():
@@ -249,22 +252,19 @@ class CapturedStep:
         self.graphs: dict[tuple, Graph] | None = {}
 
     def __call__(self, *args: object) -> object:
-        if self.graphs is None:
-            return self.step(*args)
         key = tuple(_key(arg) for arg in args)
-        if key not in self.graphs:
+        if self.graphs is not None and key not in self.graphs:
             try:
                 self.graphs[key] = self._captured(args)
             except RuntimeError as error:
                 _say_why_not(self.step, str(error.__context__ or error).partition("\n")[0])
                 self.graphs = None
-            if self.graphs is None:  # not above, where the error still holds the failed step's tensors
-                return self.step(*args)
-        return self.graphs[key](*args)
+        # Not above, where the error still holds the failed step's tensors.
+        return self.step(*args) if self.graphs is None else self.graphs[key](*args)
 
     def _captured(self, args: tuple) -> Graph:
         """Return the step as a graph; its warming up leaves weights, optimizers and random numbers alone."""
-        parts = [part for arg in args for part in (arg if isinstance(arg, tuple) else [arg])]
+        parts = [part for arg in args for part in (arg if isinstance(arg, (list, tuple)) else [arg])]
         _move_to_device([part for part in parts if isinstance(part, torch.optim.Optimizer)], self.device)
         # Detached: a copy with a gradient would tie the weight's gradient to this stream, not the capture's.
         before = {id(tensor): tensor.detach().clone() for tensor in _state(parts)}

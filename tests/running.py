@@ -30,9 +30,10 @@ def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()
     """Run a notebook's code cells in this process, with other settings; return the variables they leave.
 
     `times`: how often each cell runs before the next one. `again_after`: exceptions after which a cell
-    runs again, as often as they happen.
+    runs again, as often as they happen, and before it the first cell that makes networks.
     """
     variables = {}
+    network = next((cell for cell in code_cells(name) if "\nrnet" in f"\n{cell.source}"), None)
     for cell in code_cells(name):
         done = 0
         while done < times:
@@ -40,7 +41,7 @@ def run_cells(name: str, settings: dict, times: int = 1, again_after: tuple = ()
                 exec(cell.source, variables)
                 done += 1
             except again_after:
-                pass
+                exec(network.source, variables)
             plt.close("all")  # as a notebook does once they are drawn
         if "parameters" in cell.metadata.get("tags", []):
             variables.update(settings)

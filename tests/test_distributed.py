@@ -4,6 +4,7 @@ import os
 
 import nbconvert
 import papermill
+import pytest
 import torch
 from running import ROOT, run_cells, run_python, step_functions
 from test_networks import networks
@@ -15,8 +16,9 @@ from models.lab.distributed import gathered, join_processes, num_processes, rank
 from models.lab.timing import same_machine
 from models.lab.training import Training
 
-SMALL = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320, "batch_size": 32,
-         "data_dir": str(ROOT / "data")}  # fmt: skip
+FEW = {"model": "R8_SYN", "device": "cpu", "precision": "fp32", "max_images": 320,
+       "data_dir": str(ROOT / "data")}  # fmt: skip
+SMALL = FEW | {"batch_size": 32}
 SOLE = SMALL | {"epochs": 3, "small_crops": 0.5}
 BLOCKDROP = SMALL | {
     "max_epochs_stochastic_depth": 1, "max_epochs_training": 2, "max_epochs_finetuning": 3, "curriculum": 2,
@@ -125,9 +127,32 @@ def test_gradients_and_statistics_are_the_whole_batchs(tmp_path, monkeypatch):
     assert len(two["drawn"].unique()) == 2  # each draws policies of its own
 
 
-def test_an_error_that_all_have_is_reported_once(tmp_path):
-    status, printed = launch(export("rnet_sole", tmp_path, SOLE | {"batch_size": 33}), tmp_path)
-    assert status != 0 and printed.count("ValueError: 2 processes can't share batches of 33 images") == 1
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("rnet_sole", SOLE | {"batch_size": 33}, "ValueError: 2 processes can't share batches of 33 images"),
+        ("blockdrop_inference", FEW, "RuntimeError: this notebook runs in one process: start it without"),
+    ],
+)
+def test_an_error_that_all_have_is_reported_once(tmp_path, name, settings, message):
+    status, printed = launch(export(name, tmp_path, settings), tmp_path)
+    assert status != 0 and printed.count(message) == 1
+
+
+def find_different_runs():
+    """The first process has trained an epoch in a folder of its own."""
+    folder = f"run{os.environ['RANK']}"
+    if folder == "run0":
+        training = Training("sole", folder, {"seed": 1}, {"resnet": networks()[0]}, {}, 2, "")
+        next(iter(training))
+        training.end_epoch(loss=0.0)
+    join_processes(torch.device("cpu"))
+    Training("sole", folder, {"seed": 1}, {"resnet": networks()[0]}, {}, 2, "")
+
+
+def test_machines_that_do_not_share_a_folder_say_so(tmp_path):
+    status, printed = launch("import test_distributed as t; t.find_different_runs()", tmp_path)
+    assert status != 0 and "processes find different runs in run0: let all share one cv_dir" in printed
 
 
 def test_an_error_of_one_ends_the_run_and_one_process_goes_on(at_root, tmp_path, capsys):

@@ -86,6 +86,8 @@ def test_warming_up_does_not_train(stage):
     # Learning rates are rounded, and Adam makes more of that where gradients are small. A step is 1e-3.
     torch.testing.assert_close(cold, take_steps(stage), rtol=1e-3, atol=1e-4)
     assert one_graph(take_steps, CPU) is take_steps
+    with pytest.raises(ValueError, match="device is 'auto' again: run the cell below the settings"):
+        one_graph(take_steps, "auto")
 
 
 def test_a_step_that_cant_be_captured_runs_as_it_is(capsys):

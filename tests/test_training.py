@@ -85,6 +85,11 @@ def test_a_finished_run_of_other_settings_is_replaced_once_it_is_saved(tmp_path,
     assert read_checkpoint(tmp_path / "last.t7")["lineage"][-1]["settings"]["seed"] == 6
 
 
+def test_a_saved_file_is_not_replaced_by_other_weights_of_the_same_name(tmp_path):
+    for seed, name in ((5, "final.t7"), (6, "final_2.t7"), (6, "final_2.t7"), (7, "final_3.t7")):
+        assert train(tmp_path, seed=seed)[1].save("final.t7").path.name == name
+
+
 @pytest.mark.parametrize(
     ("other", "changed"), [({"lr": 0.2}, "lr 0.1 -> 0.2"), ({"start": TORCHVISION}, "starting weights")]
 )

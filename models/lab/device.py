@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.lab.distributed import join_processes
+from models.lab.distributed import join_processes, num_processes
 
 
 def choose_device(device: str = "auto", deterministic: bool = False) -> torch.device:
@@ -57,9 +57,14 @@ def choose_device(device: str = "auto", deterministic: bool = False) -> torch.de
 def set_up(
     device: str, precision: str, deterministic: bool = False, training: bool = True
 ) -> tuple[torch.device, str]:
-    """Return device and precision as chosen, print them, and join the processes that `torchrun` started."""
+    """Return device and precision as chosen, print them, and join the processes that `torchrun` started.
+
+    RuntimeError for several processes where nothing is trained.
+    """
     chosen = choose_device(device, deterministic)
     join_processes(chosen)
+    if not training and num_processes() > 1:
+        raise RuntimeError("this notebook runs in one process: start it without torchrun")
     precision = choose_precision(precision, chosen, training)
     print(f"{machine(chosen)}, {precision}")
     return chosen, precision

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from models.lab.checkpoints import CheckpointError, fingerprint, read_checkpoint, save_checkpoint
 from models.lab.data import Loader, share_of
 from models.lab.device import autocast, mixed, seed_everything
-from models.lab.distributed import average_statistics, num_processes, rank, total
+from models.lab.distributed import average_statistics, gathered, num_processes, rank, total
 from models.lab.files import explained
 from models.lab.stages import TORCHVISION, Stage
 from models.lab.timing import machine_record, same_machine
@@ -88,6 +88,8 @@ class Training:
             print(f"{stage.capitalize()} is skipped: {taken} is taken")
         elif resume and self.last.is_file():
             self._resume()
+        if len(gathered(torch.tensor([len(self.history)])).unique()) > 1:
+            raise RuntimeError(f"processes find different runs in {self.folder}: let all share one cv_dir")
         self.kept = self._state()
 
     def _resume(self) -> None:
@@ -104,7 +106,7 @@ class Training:
             for key in sorted(before.keys() | self.settings.keys())
             if before.get(key) != self.settings.get(key)
         )
-        if changed and not (finished and self._is_saved(history)):
+        if changed and not (finished and self._is_saved(entry["weights"])):
             kind = "a finished but unsaved" if finished else "an unfinished"
             raise ValueError(
                 f"{self.last} holds {kind} run of other settings ({changed}): set them back to go on with it "
@@ -117,14 +119,17 @@ class Training:
         for name, part in restored.items():
             part.load_state_dict(saved[name])
         if self.device.type == "cpu":  # undo what a step captured on CUDA needs
-            optimizers = [x for x in self.progress.values() if isinstance(x, torch.optim.Optimizer)]
-            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"], group["fused"] = float(group["lr"]), None
-                if "capturable" in group:
-                    group["capturable"] = False
+            for part in self.progress.values():
+                for group in getattr(part, "param_groups", ()):  # an optimizer's
+                    group |= {"lr": float(group["lr"]), "fused": None, "capturable": False}
         print(f"Resumed from {self.last}: {len(history)} epochs done, {self.epochs - len(history)} to go")
         for row in history:
             print(self._words(row))
+
+    @property
+    def parts(self) -> tuple:
+        """Return what is trained: networks, then the `progress`, as they were given, whatever ran since."""
+        return tuple((self.networks | self.progress).values())
 
     def _words(self, row: Mapping) -> str:
         return f"Epoch: {row['epoch']} - {self.line.format(**row)}"
@@ -134,13 +139,9 @@ class Training:
         parts = (self.networks | self.progress).items()
         return copy.deepcopy({name: part.state_dict() for name, part in parts})
 
-    def _is_saved(self, history: list[dict]) -> bool:
-        """Tell whether a final checkpoint of the run with this history lies in the folder."""
-        for path in self.folder.glob("*.t7"):
-            with contextlib.suppress(CheckpointError):  # of a damaged file
-                if path != self.last and read_checkpoint(path).get("history") == history:
-                    return True
-        return False
+    def _is_saved(self, weights: str) -> bool:
+        """Tell whether a final checkpoint with weights of this fingerprint lies in the folder."""
+        return any(path != self.last and _weights_of(path) == weights for path in self.folder.glob("*.t7"))
 
     def __iter__(self) -> Iterator[int]:
         """Yield the epochs that are left, counted from 0, under one progress bar."""
@@ -152,12 +153,13 @@ class Training:
             part.load_state_dict(copy.deepcopy(self.kept[name]))
         layout = "{l_bar}{bar}| {n:.2f}/{total_fmt} epochs [{elapsed}<{remaining}]"
         with tqdm(total=self.epochs, initial=done, bar_format=layout, disable=rank() > 0) as self.bar:
-            self.writer = tensorboardX.SummaryWriter(
-                str(self.folder / "tensorboard"),
-                purge_step=done,
-                max_queue=0,  # any number: a full queue that nothing empties any more would block
-                write_to_disk=rank() == 0,
-            )
+            with explained(self.folder / "tensorboard"):
+                self.writer = tensorboardX.SummaryWriter(
+                    str(self.folder / "tensorboard"),
+                    purge_step=done,
+                    max_queue=0,  # any number: a full queue that nothing empties any more would block
+                    write_to_disk=rank() == 0,
+                )
             try:
                 for epoch in range(done, self.epochs):
                     seed_everything(self.settings["seed"], epoch, rank())
@@ -185,8 +187,8 @@ class Training:
             except Timeout:
                 todo = "wait for it, end it, or set another cv_dir"
                 raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
-            except (OSError, NotImplementedError) as error:
-                if not isinstance(error, NotImplementedError) and error.errno not in NO_LOCKS:
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
                     raise
                 print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
         return lock
@@ -252,7 +254,8 @@ class Training:
     def save(self, name: str, **more: object) -> Stage:
         """Write the finished run to `folder/name`, with `more`; return it as a stage.
 
-        RuntimeError where it can't be written, or where epochs are left.
+        A file of that name with other weights stays: the new name gets a number. RuntimeError where it
+        can't be written, or where epochs are left.
         """
         if self.epochs == 0:
             return self.start
@@ -260,10 +263,20 @@ class Training:
             done = f"only {len(self.history)} of {self.epochs} epochs are done in {self.folder}"
             raise RuntimeError(f"{done}: run the training's cell again, it goes on")
         weights = {name: network.state_dict() for name, network in self.networks.items()}
-        record = self._record()
-        path = save_checkpoint(self.folder / name, weights | record | {"saved": time.time(), **more})
+        record, path, number = self._record(), self.folder / name, 1
+        while path.exists() and _weights_of(path) != record["lineage"][-1]["weights"]:
+            number += 1
+            path = (self.folder / name).with_stem(f"{Path(name).stem}_{number}")
+        path = save_checkpoint(path, weights | record | {"saved": time.time(), **more})
         print("Model saved: ", path)
         return Stage(path, tuple(self.networks), self.history, record["lineage"])
+
+
+def _weights_of(path: Path) -> str | None:
+    """Return the fingerprint of the weights that a checkpoint ends with; None where it does not say."""
+    with contextlib.suppress(CheckpointError, KeyError, IndexError, TypeError):
+        return read_checkpoint(path)["lineage"][-1]["weights"]
+    return None
 
 
 def figures(stats: tuple, prefix: str = "") -> dict[str, float]:
@@ -273,7 +286,7 @@ def figures(stats: tuple, prefix: str = "") -> dict[str, float]:
 
 
 def policy_filename(
-    epochs: int, accuracy: float, reward: float, sparsity: float, variance: float, policy_set: set[str]
+    epochs: int, accuracy: float, reward: float, sparsity: float, _variance: float, policy_set: set[str]
 ) -> str:
     """Return the file name of a policy or finetuned pair, as the original names them."""
     return f"ckpt_E_{epochs}_A_{accuracy:.3f}_R_{reward:.2E}_S_{sparsity:.2f}_#_{len(policy_set)}.t7"
@@ -286,7 +299,7 @@ def first_averaged_epoch(epochs: int, averaging: float) -> int:
     """
     averaged = share_of(epochs, averaging)
     if averaging > 0 and averaged == 0 and epochs > 0:
-        raise ValueError(f"averaging is {averaging} of {epochs} epochs, less than one: choose more, or 0")
+        raise ValueError(f"averaging is {averaging} of {epochs} epochs, less than one: train more or set 0")
     return epochs - averaged
 
 
