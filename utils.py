@@ -82,7 +82,7 @@ def count_flops(rnet: FlatResNet, policies: Tensor | None = None, agent: Policy 
 
     2 per multiply-add of convolutions and linear layers, as in the original; images have 224 pixels a
     side for ImageNet's networks, 32 for the others. Without policies all blocks are kept (N = 1); with an
-    `agent`, its FLOPs are added.
+    `agent`, its FLOPs are added. ValueError for policies of another shape or with values other than 0 and 1.
     """
     size = 224 if isinstance(rnet, FlatResNet224) else 32
     image = torch.zeros(1, 3, size, size)
@@ -95,5 +95,6 @@ def count_flops(rnet: FlatResNet, policies: Tensor | None = None, agent: Policy 
     per_block = [found[f"{type(rnet).__name__}.blocks.{i}.{j}"] for i, j in places]
     if policies is None:
         policies = torch.ones(1, rnet.num_blocks)
+    rnet.check_policy(policies, len(policies))
     of_policies = policies.double() @ torch.tensor(per_block).double().to(policies.device)
     return found["Global"] - sum(per_block) + of_policies

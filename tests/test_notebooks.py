@@ -216,8 +216,8 @@ def test_small_crops_come_first_and_dropped_blocks_are_skipped_or_hidden(
 
 def test_penalties_are_compared(printed, at_root, tmp_path):
     settings = {"max_images": 300, "device": "cpu", "max_epochs_finetuning": 1}
-    with pytest.raises(ValueError, match="a sweep sets penalty itself: leave it out"):
-        sweep.sweep("R8_SYN", [-3.0], settings | {"penalty": -1})
+    with pytest.raises(ValueError, match="a sweep sets recipe and penalty itself: leave it out"):
+        sweep.sweep("R8_SYN", [-3.0], settings | {"penalty": -1, "recipe": True})
     path = sweep.sweep("R8_SYN", [-3.0], settings, printed[1] / "cv", tmp_path, with_rivals=True)
     assert path.stem == "R8_SYN_300images"
     (found,) = json.loads(path.read_text())["runs"]

@@ -99,3 +99,18 @@ def test_changing_the_model_alone_says_which_settings_differ_from_its_recipe(cap
     assert "R14_SYN has no recipe in results/recipes/" in capsys.readouterr().out
     with pytest.raises(ValueError, match="R14_SYN has no recipe"):
         read("rnet_sole", model="R14_SYN", recipe=True)
+
+
+@pytest.mark.parametrize("content", ["model: R20_SYN", "epochs 3", "a: [", b"\xff"])
+def test_a_recipe_of_another_model_or_a_damaged_one_is_refused(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(settings, "RECIPES", tmp_path)
+    (tmp_path / "R8_SYN").mkdir()
+    path = tmp_path / "R8_SYN" / "rnet_sole.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=r"rnet_sole\.yaml is not a recipe of R8_SYN"):
+        read("rnet_sole", model="R8_SYN")
+
+
+def test_a_setting_whose_line_is_gone_is_named():
+    with pytest.raises(ValueError, match="the setting resume is missing: put its line back"):
+        settings.read_settings("rnet_sole", {k: v for k, v in read("rnet_sole").items() if k != "resume"})

@@ -76,6 +76,8 @@ def read_checkpoint(path: str | Path) -> dict:
 
 def _refused(error: Exception) -> str:
     """Say why torch.load refused a file: what it asks for, or that it is damaged."""
+    if isinstance(error, PermissionError):
+        return f"it can't be read ({error}): ask its owner, or name another file"
     foreign = re.search(r"(?:[Uu]nsupported (?:global: )?GLOBAL|Unsupported class) (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and foreign:
         return f"it asks for {foreign[1]}, which could run code. Save a network's state_dict() alone"
@@ -231,6 +233,9 @@ def _fitted(network: nn.Module, state: Mapping, what: str) -> dict[str, Tensor]:
     state = {k: v for k, v in expected.items() if k.endswith("num_batches_tracked")} | dict(state)
     if problem := _problem(state, expected):
         raise CheckpointError(f"{what} does not fit the network: {problem}. {_CHOOSE_MODEL}")
+    for key, wanted in expected.items():
+        if not state[key].to(wanted.dtype).isfinite().all():
+            raise CheckpointError(f"{key} of {what} has values that are not finite: train it anew")
     return state
 
 
@@ -249,6 +254,4 @@ def _problem(state: Mapping, expected: Mapping[str, Tensor]) -> str | None:
         plain = value.layout == wanted.layout and not value.is_complex()
         if not plain or value.is_floating_point() != wanted.is_floating_point():
             return f"{key} holds {value.dtype}, not {wanted.dtype}"
-        if not value.to(wanted.dtype).isfinite().all():
-            return f"{key} has values that are not finite"
     return None

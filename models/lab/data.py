@@ -6,7 +6,6 @@ import functools
 import math
 import multiprocessing
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torchvision.datasets.utils import check_integrity
 
 from models.lab import syn
 from models.lab.distributed import first_goes_first, num_processes, rank
-from models.lab.files import written_whole
+from models.lab.files import explained, written_whole
 from models.lab.names import NUM_CLASSES, parse_model
 
 # Mean and deviation of red, green and blue in [0, 1]. The original normalizes CIFAR for R32_C10 alone.
@@ -113,10 +112,13 @@ def get_dataset(
     ones of CIFAR and SYN, some of all classes of ImgNet. ValueError for an unknown model,
     FileNotFoundError for missing data that can't be had.
     """
+    root = Path(root).expanduser()
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"max_images is {max_images}: expected 1 or more, or None")
     by_name = {"ImgNet": _imagenet, "SYN": _syn}
     read = by_name.get(parse_model(model).dataset, functools.partial(_cifar, model))
     with first_goes_first():  # it downloads or draws
-        datasets = [read(Path(root), train) for train in (True, False)]
+        datasets = [read(root, train) for train in (True, False)]
     train_classes, test_classes = (getattr(dataset, "class_to_idx", {}).keys() for dataset in datasets)
     if alone := train_classes ^ test_classes:
         raise ValueError(f"the class folder {min(alone)} is in one of train/ and val/ alone, under {root}")
@@ -141,6 +143,8 @@ def _cifar(model: str, root: Path, train: bool) -> Images:
 @functools.lru_cache(maxsize=2)  # training and test images: reading them takes a second, networks share them
 def _read_cifar(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor, list[str]]:
     cifar = torchvision.datasets.CIFAR100 if dataset == "C100" else torchvision.datasets.CIFAR10
+    with explained(root):
+        root.mkdir(parents=True, exist_ok=True)
     try:
         data = cifar(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
@@ -161,7 +165,7 @@ def _syn(root: Path, train: bool) -> Images:
     try:
         with np.load(path) as file:
             drawing = syn.Drawing(**file)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):  # absent or damaged
+    except Exception:  # absent, or damaged, which fails in many ways
         drawing = syn.draw(num_images, seed)
         with contextlib.suppress(RuntimeError), written_whole(path) as file:  # else it is drawn again
             np.savez(file, **drawing._asdict())
@@ -199,7 +203,7 @@ def split(
     indices = torch.randperm(len(trainset), generator=torch.Generator().manual_seed(0))
     num_val = round(HOLDOUT * len(trainset))
     if num_val == 0:
-        raise ValueError(f"{len(trainset)} training images are too few to hold a tenth out: use 6 or more")
+        raise ValueError(f"{len(trainset)} training images are too few to hold a tenth out: raise max_images")
     val, train = indices[:num_val], indices[num_val:]
     if isinstance(trainset, Images):
         return trainset.subset(train, augment=True), trainset.subset(val, augment=False), testset
@@ -291,25 +295,22 @@ class Loader:
                 yield self.images.read(indices.to(self.device, non_blocking=True), self.share, self.generator)
             return
         shares = [indices[self.share].tolist() for indices in batches]
-        try:
-            for inputs, labels in self._by_workers([share for share in shares if share]):
-                inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
-                yield inputs, labels.to(self.device, non_blocking=True)
-        except ValueError as error:  # a worker's, with its traceback as text
-            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
-
-    def _by_workers(self, batches: Sequence[Sequence[int]]) -> DataLoader:
-        """Return what reads batches of images, given by their indices, in worker processes."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         fork = cores > 1 and "fork" in multiprocessing.get_all_start_methods()
-        return DataLoader(
+        workers = DataLoader(
             self.dataset,
-            batch_sampler=batches,
+            batch_sampler=[share for share in shares if share],
             num_workers=min(WORKERS, cores) if fork else 0,
             # Forked, workers don't run a script from its top, as other start methods make them.
             multiprocessing_context="fork" if fork else None,
             pin_memory=self.device.type == "cuda",
         )
+        try:
+            for inputs, labels in workers:
+                inputs = inputs.to(self.device, memory_format=torch.channels_last, non_blocking=True)
+                yield inputs, labels.to(self.device, non_blocking=True)
+        except ValueError as error:  # a worker's, with its traceback as text
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from None
 
 
 def loaders(

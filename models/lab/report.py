@@ -183,7 +183,7 @@ def penalty_sweep(folder: str | None, model: str) -> list[dict]:
     """Return a model's runs of `models.lab.sweep` in `folder` (None: results/); none without a sweep."""
     path = Path(folder or "results", "penalties", f"{model}.json")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.is_file() else []
+        return list(map(dict, json.loads(path.read_text(encoding="utf-8"))["runs"])) if path.is_file() else []
     except (ValueError, TypeError, KeyError):
         print(f"Left out: {path} is damaged, or not a sweep's")
         return []

@@ -199,10 +199,11 @@ if __name__ == "__main__":
     parser.add_argument("model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="default: all")
     parser.add_argument("--cv-dir", type=Path, default=Path("cv"), help="where checkpoints are")
-    parser.add_argument("--data-dir", default="data/", help="where data sets are")
+    parser.add_argument("--data-dir", type=Path, default="data/", help="where data sets are")
     args = parser.parse_args()
     hint = f"run blockdrop_training.ipynb with model = {args.model!r} first"
-    path = stages.find(args.cv_dir, "finetuned", args.model, hint)
+    cv_dir, data_dir = args.cv_dir.expanduser(), str(args.data_dir.expanduser())
+    path = stages.find(cv_dir, "finetuned", args.model, hint)
     for kind in args.kinds:
-        out = args.cv_dir / "one_policy" / kind
-        print("Written:", finetune(args.model, path, kind, args.cv_dir, args.data_dir, out))
+        out = cv_dir / "one_policy" / kind
+        print("Written:", finetune(args.model, path, kind, cv_dir, data_dir, out))

@@ -95,6 +95,8 @@ def read_settings(notebook: str, namespace: MutableMapping) -> None:
     if not namespace.get("_settings_read"):
         defined = [n for n, v in namespace.items() if not (callable(v) or isinstance(v, types.ModuleType))]
         refuse_unknown((n for n in defined if not n.startswith("_") and n not in ("In", "Out")), names)
+    if missing := [name for name in names if name not in namespace]:
+        raise ValueError(f"the setting {missing[0]} is missing: put its line back")
     model = namespace["model"]
     parse_model(model)
     recipe = read_recipe(notebook, model) if "recipe" in names else {}
@@ -131,7 +133,12 @@ def read_recipe(notebook: str, model: str) -> dict[str, object]:
     path = RECIPES / model / f"{notebook}.yaml"
     if not path.is_file():
         return {}
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        recipe = None
+    if not isinstance(recipe, dict) or recipe.get("model", model) != model:
+        raise ValueError(f"{path} is not a recipe of {model}: expected lines like model: {model}")
     refuse_unknown(recipe, names_of(notebook))
     return {name: as_meant(name, value) for name, value in recipe.items()}
 

@@ -19,7 +19,7 @@ from models.lab.checkpoints import read_checkpoint
 from models.lab.files import ROOT, explained, written_whole
 from models.lab.settings import as_meant, names_of, refuse_unknown
 
-OWN = ("model", "start_from", "max_epochs_training", "penalty", "cv_dir")  # settings that a sweep makes
+OWN = ("model", "recipe", "start_from", "max_epochs_training", "penalty", "cv_dir")  # a sweep sets them
 
 
 def sweep(
