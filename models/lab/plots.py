@@ -379,6 +379,10 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
     known = [run for run in curve if "flops" in run]
     one_policies = [run["one_policy"] for run in known if "one_policy" in run]
     accuracies = {name: [run["test_accuracy"] for run in known + one_policies] for name in datasets}
+    for report in reports:
+        some = report["networks"].values()
+        accuracies[parse_model(report["model"]).dataset] += [n["accuracy"] - n["error"] for n in some]
+    lowest = {name: 100 * min(some) - MOST_BEHIND for name, some in accuracies.items()}
     flops_panel = rows[-1, -1]  # what is drawn there without data stands in the legend alone
     for runs, style in ((known, "s:"), (one_policies, "v:")):
         points = [(run["flops"] / 1e6, 100 * run["test_accuracy"]) for run in runs]
@@ -391,19 +395,17 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
         ]
         costs.append({name: found["flops"] / 1e6 for name, found in networks.items()})
         for axes, cost in zip(rows[datasets.index(dataset)], costs, strict=True):
-            _draw_networks(axes, networks, cost, color)
+            _draw_networks(axes, networks, cost, color, lowest[dataset])
         flops_panel.plot([], [], "-", color=color, label=report["model"])
-        accuracies[dataset] += [n["accuracy"] - n["error"] for n in report["networks"].values()]
-    for axes, (dataset, some) in zip(rows[:, 0], accuracies.items(), strict=True):
-        bottom = max(axes.get_ylim()[0], 100 * min(some) - MOST_BEHIND)
-        axes.set(ylabel=f"{dataset}: accuracy (%)", ylim=(bottom, None))
+    for axes, (dataset, low) in zip(rows[:, 0], lowest.items(), strict=True):
+        axes.set(ylabel=f"{dataset}: accuracy (%)", ylim=(max(axes.get_ylim()[0], low), None))
     titles = [f"batch {size}" for size in sizes] + ["FLOPs"]
     labels = [f"time per image ({unit})" for unit, _ in units] + ["FLOPs per image (millions)"]
     for top, bottom, title, label in zip(rows[0], rows[-1], titles, labels, strict=True):
         top.set(xscale="log", title=title)
         bottom.set_xlabel(label)
         log_ticks(bottom.xaxis)
-    title = "accuracy on test images against cost per image"
+    title = "accuracy against cost per image; lines join sole ResNets"
     machine = reports[0]["machine"].partition(",")[0]
     figure.suptitle(f"{reports[0]['model']}: {title}" if len(reports) == 1 else f"{machine}: {title}")
     if known:
@@ -417,16 +419,17 @@ def trade_off(reports: Sequence[Mapping], sizes: Sequence[str], curve: Sequence[
 
 
 def _draw_networks(
-    axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str
+    axes: Axes, networks: Mapping[str, Mapping], costs: Mapping[str, float], color: str, lowest: float
 ) -> None:
-    """Draw a model's networks by cost and accuracy, and a line through its sole ResNets."""
+    """Draw a model's networks, from `lowest` % on, by cost and accuracy; a line joins its sole ResNets."""
     markers = {  # the rivals are sole ResNets too, or finetuned for themselves
         name: "v" if found.get("finetuned") else NETWORKS.get(name, NETWORKS["sole"])["marker"]
         for name, found in networks.items()
     }
     for name, found in networks.items():
         y, error = 100 * found["accuracy"], 100 * found["error"]
-        axes.errorbar(costs[name], y, error, fmt=markers[name], color=color, markersize=5)
+        if y >= lowest:
+            axes.errorbar(costs[name], y, error, fmt=markers[name], color=color, markersize=5)
     soles = [name for name in networks if markers[name] == NETWORKS["sole"]["marker"]]
     soles.sort(key=costs.get)
     accuracies = [100 * networks[name]["accuracy"] for name in soles]
