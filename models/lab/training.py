@@ -187,8 +187,8 @@ class Training:
             except Timeout:
                 todo = "wait for it, end it, or set another cv_dir"
                 raise RuntimeError(f"another process is training in {self.folder}: {todo}") from None
-            except OSError as error:
-                if error.errno not in NO_LOCKS:
+            except (OSError, NotImplementedError) as error:
+                if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                     raise
                 print(f"The file system of {self.folder} has no locks: don't train there twice at a time")
         return lock
