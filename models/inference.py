@@ -203,17 +203,18 @@ class Prepared:
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
-        """No gradients; on CUDA, this GPU, and fp32 in full or as TF32, whatever the process has chosen.
+        """No gradients, no autocast; on CUDA, this GPU, and fp32 in full or as TF32, whatever was chosen.
 
-        The one kernel multiplies no fp32: it leaves the choice alone, for which a single image would wait.
+        The one kernel heeds neither autocast nor TF32, and a single image would wait for them to change.
         """
+        plain = contextlib.nullcontext() if self.fused else torch.autocast(self.device.type, enabled=False)
         if self.device.type != "cuda":
-            with torch.inference_mode():
+            with torch.inference_mode(), plain:
                 yield
             return
         backends = () if self.fused else (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
         wanted = "tf32" if self.precision == "tf32" else "ieee"
-        with _on_cuda, torch.inference_mode(), torch.cuda.device(self.device):
+        with _on_cuda, torch.inference_mode(), plain, torch.cuda.device(self.device):
             captures = torch.cuda.is_current_stream_capturing()
             if not captures:
                 torch.cuda.current_stream().wait_event(self.done)  # of a call on another stream

@@ -58,7 +58,8 @@ def test_the_agent_decides():
     images *= torch.arange(6)[:, None, None, None]  # so different that policies differ
     policy = (agent(images)[0] >= 0.5).float()
     assert len(policy.unique(dim=0)) > 1
-    logits, decided = net(images)
+    with torch.autocast("cpu", torch.bfloat16):  # the precision is that of `prepare`
+        logits, decided = net(images)
     assert torch.equal(decided, policy)
     assert_near(logits, rnet(images, policy))
     assert torch.equal(net.decide(images), policy)
