@@ -109,8 +109,8 @@ def get_dataset(
 
     CIFAR is downloaded to `root` if absent, SYN drawn and kept there; ImgNet is read from
     `root/train/` and `root/val/`, a folder per class. `max_images`: use so many images of both, the first
-    ones of CIFAR and SYN, some of all classes of ImgNet. ValueError for an unknown model,
-    FileNotFoundError for missing data that can't be had.
+    ones of CIFAR and SYN, some of all classes of ImgNet. ValueError for an unknown model or no images,
+    FileNotFoundError for missing data that can't be had, RuntimeError where `root` can't be written to.
     """
     root = Path(root).expanduser()
     if max_images is not None and max_images < 1:
