@@ -57,7 +57,7 @@ job tests 300 "${pytest[@]}" tests/test_cuda.py -vv --tb=short --durations=10 "$
 if [[ $device == cuda ]] && command -v compute-sanitizer > /dev/null; then
     # Without PyTorch's memory cache, an access beyond a tensor is one beyond what was allocated.
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 job sanitizer 90 \
-        compute-sanitizer --kernel-regex kns=_resnet --report-api-errors no --error-exitcode 9 "${pytest[@]}" -k several_per_program
+        compute-sanitizer --kernel-regex kns=_resnet --report-api-errors no --error-exitcode 9 "${pytest[@]}" -n 0 -k several_per_program
 fi
 
 job inference 90 "$python" tests/benchmarks/inference.py --model $deep "${times[@]}"
