@@ -96,6 +96,7 @@ class Training:
         state = read_checkpoint(self.last)
         try:
             entry, history = state["lineage"][-1], state["history"]
+            weights = entry["weights"]
             before, finished = entry["settings"], len(history) == entry["settings"]["epochs"]
             restored = self.networks | ({} if finished else self.progress)
             saved = {name: state[name] for name in restored}
@@ -106,7 +107,7 @@ class Training:
             for key in sorted(before.keys() | self.settings.keys())
             if before.get(key) != self.settings.get(key)
         )
-        if changed and not (finished and self._is_saved(entry["weights"])):
+        if changed and not (finished and self._is_saved(weights)):
             kind = "a finished but unsaved" if finished else "an unfinished"
             raise ValueError(
                 f"{self.last} holds {kind} run of other settings ({changed}): set them back to go on with it "
